@@ -1,0 +1,135 @@
+"""Which kernels a call runs on: one table of backends, and the choice that `auto` makes."""
+
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedskip import ops
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The four raw operators of one namespace. `eager` has none: it is `fusedskip.reference`."""
+
+    name: str
+    add_relu: Callable[..., Any]
+    add_relu_backward: Callable[..., Any]
+    batch_norm: Callable[..., Any]
+    batch_norm_backward: Callable[..., Any]
+
+
+def _from_namespace(name: str, namespace: str) -> Backend:
+    raw = getattr(torch.ops, namespace)
+    return Backend(
+        name=name,
+        add_relu=raw.add_relu.default,
+        add_relu_backward=raw.add_relu_backward.default,
+        batch_norm=raw.batch_norm.default,
+        batch_norm_backward=raw.batch_norm_backward.default,
+    )
+
+
+# In the order in which `auto` prefers them.
+KERNELS = {
+    "cuda": _from_namespace("cuda", ops.COMPILED),
+    "triton": _from_namespace("triton", ops.TRITON),
+    "cpu": _from_namespace("cpu", ops.COMPILED),
+}
+NAMES = (*KERNELS, "eager")
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _unavailable(name: str, device_type: str) -> str | None:
+    """Why backend `name` cannot take tensors on `device_type`, or None if it can."""
+    if name == "eager":
+        return None
+    if name == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device_type == "cuda" or (device_type == "cpu" and _triton_interprets()):
+            return None
+        return "Triton runs on CUDA tensors (and on CPU tensors under TRITON_INTERPRET=1)"
+    if device_type != name:
+        return f"it takes {name} tensors only"
+    if ops.compiled_error is not None:
+        return f"the extension fusedskip._C did not load: {ops.compiled_error}"
+    if not ops.has_kernel(ops.COMPILED, name.upper()):
+        return f"this installation was built without {name} kernels"
+    return None
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that work in this process, best first, e.g. `("cuda", "triton", "cpu", "eager")`."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return tuple(n for n in NAMES if any(_unavailable(n, device) is None for device in devices))
+
+
+def _checked_name(name: str) -> str:
+    if name != "auto" and name not in NAMES:
+        raise ValueError(f"backend: expected 'auto' or one of {NAMES}, got {name!r}")
+    return name
+
+
+# Process-wide, like torch.backends.*: a plain global also costs nothing and traces under dynamo.
+_active = _checked_name(os.environ.get("FUSEDSKIP_BACKEND", "auto"))
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every fused operation called inside the `with` block on one backend.
+
+    The choice is process-wide, not per thread. A backward pass runs on the backend of its forward.
+
+    Args:
+        name: `"cuda"`, `"triton"`, `"cpu"`, `"eager"` or `"auto"`.
+
+    Raises:
+        ValueError: for another name. A call on tensors that the backend cannot take raises
+            `RuntimeError` and says why.
+    """
+    global _active
+    previous, _active = _active, _checked_name(name)
+    try:
+        yield
+    finally:
+        _active = previous
+
+
+@cache
+def _auto(device_type: str) -> str:
+    reasons = {name: _unavailable(name, device_type) for name in KERNELS}
+    for name, reason in reasons.items():
+        # Interpreted Triton is for tests: it is taken only when asked for by name.
+        if reason is None and not (name == "triton" and device_type == "cpu"):
+            return name
+    if device_type in ("cpu", "cuda"):
+        tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+        warnings.warn(f"fusedskip runs eagerly on {device_type} tensors ({tried})", stacklevel=2)
+    return "eager"
+
+
+# dynamo calls this while it traces and keeps the answer, instead of tracing into it.
+@torch.compiler.assume_constant_result
+def _select(active: str, device_type: str) -> str:
+    if active == "auto":
+        return _auto(device_type)
+    if (reason := _unavailable(active, device_type)) is not None:
+        raise RuntimeError(f"backend {active!r} cannot take {device_type} tensors: {reason}")
+    return active
+
+
+def select(x: Tensor) -> str:
+    """The name of the backend that a call on `x` runs on."""
+    return _select(_active, x.device.type)

@@ -1,0 +1,345 @@
+"""The public functions: each checks its arguments once, and then is one autograd Function.
+
+Shapes: activations are `(N, C, *)`, parameters and running buffers `(C,)`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fusedskip import backends, reference
+from fusedskip.backends import KERNELS
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """`relu(x + residual)` in one pass.
+
+    Saves one bit an element for the backward pass, nothing else. NaN passes; no gradient at 0.
+
+    Args:
+        x: any shape; fp64, fp32, bf16 or fp16.
+        residual: same shape, dtype and device as `x`; it is never broadcast. May be `x` itself.
+
+    Returns:
+        A new tensor with the shape, dtype and memory layout of `x`.
+
+    Raises:
+        TypeError: `x` is not floating point, or `residual` differs in dtype.
+        ValueError: `residual` differs in shape or device.
+
+    Semantics: `torch.add` followed by `torch.relu`.
+    """
+    _check_activation(x)
+    _check_residual(residual, x)
+    backend = backends.select(x)
+    if backend == "eager" or x.numel() == 0:
+        return reference.add_relu(x, residual)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+        return _AddReLU.apply(x, residual, backend)
+    x = _dense(x)
+    return KERNELS[backend].add_relu(x, _laid_out_like(residual, x), False)[0]
+
+
+def batch_norm_relu(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`relu(batch_norm(x))` without the intermediate tensor.
+
+    Keeps `x` and two numbers a channel for the backward pass, which recomputes the ReLU's mask.
+
+    Args:
+        x: `(N, C, *)`; fp64, fp32, bf16 or fp16, contiguous or channels-last.
+        running_mean, running_var: `(C,)`, in the dtype of `x` or fp32, or both None. Training
+            updates them in place (`running_var` with the unbiased variance); evaluation needs them.
+        weight, bias: `(C,)`, in the dtype of `x` or fp32; absent, they are 1 and 0.
+        training: normalise with the statistics of this batch rather than with the running ones.
+        momentum: share of this batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        A new tensor with the shape, dtype and memory layout of `x`.
+
+    Raises:
+        TypeError: an argument has a dtype other than those above.
+        ValueError: a shape or device does not fit `x`, running statistics are missing, `eps` is
+            not positive, or training finds one value per channel. Nothing has been updated then.
+
+    Semantics: `torch.nn.functional.batch_norm` (Ioffe and Szegedy, 2015, arXiv:1502.03167) followed
+    by `torch.relu`.
+    """
+    return _batch_norm(
+        x, None, running_mean, running_var, weight, bias, training, momentum, eps, relu=True
+    )
+
+
+def batch_norm_add(
+    x: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`batch_norm(x) + residual`; the arguments are those of `batch_norm_add_relu`."""
+    return _batch_norm(
+        x, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu=False
+    )
+
+
+def batch_norm_add_relu(
+    x: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`relu(batch_norm(x) + residual)`, the tail of a residual block.
+
+    Keeps `x`, two numbers a channel and one bit an element for the backward pass.
+
+    Args:
+        x, running_mean, running_var, weight, bias, training, momentum, eps: as `batch_norm_relu`.
+        residual: same shape, dtype and device as `x`; it is never broadcast. May be `x` itself.
+
+    Returns:
+        A new tensor with the shape, dtype and memory layout of `x`.
+
+    Raises:
+        TypeError, ValueError: as `batch_norm_relu`, and if `residual` does not fit `x`.
+
+    Semantics: `torch.nn.functional.batch_norm`, `torch.add`, `torch.relu`, rounded once.
+    """
+    return _batch_norm(
+        x, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu=True
+    )
+
+
+def _batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps)
+    backend = backends.select(x)
+    if backend == "eager" or x.numel() == 0:
+        return reference.batch_norm(
+            x, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
+        )
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, weight, bias)
+    ):
+        return _BatchNorm.apply(
+            x, residual, weight, bias, running_mean, running_var,
+            training, momentum, eps, relu, backend,
+        )  # fmt: skip
+    x = _dense(x)
+    residual = None if residual is None else _laid_out_like(residual, x)
+    return KERNELS[backend].batch_norm(
+        x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, False
+    )[0]
+
+
+class _AddReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor:
+        x = _dense(x)
+        out, mask = KERNELS[backend].add_relu(x, _laid_out_like(residual, x), True)
+        ctx.save_for_backward(mask)
+        ctx.strides, ctx.backend = out.stride(), backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        dx = KERNELS[ctx.backend].add_relu_backward(_strided(dout, ctx.strides), mask)
+        return dx, dx, None
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        relu: bool,
+        backend: str,
+    ) -> Tensor:
+        dense = _dense(x)
+        residual = None if residual is None else _laid_out_like(residual, dense)
+        save_mask = relu and residual is not None
+        out, mask, mean, rstd = KERNELS[backend].batch_norm(
+            dense, residual, weight, bias, running_mean, running_var,
+            training, momentum, eps, relu, save_mask,
+        )  # fmt: skip
+        # A residual alone wants its gradient: the mask is all it takes.
+        only_residual = save_mask and not any(ctx.needs_input_grad[i] for i in (0, 2, 3))
+        ctx.save_for_backward(
+            None if only_residual else x,
+            mask if save_mask else None,
+            weight,
+            bias,
+            mean,
+            rstd,
+        )
+        ctx.training, ctx.relu, ctx.backend = training, relu, backend
+        ctx.strides = out.stride()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, weight, bias, mean, rstd = ctx.saved_tensors
+        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+        dout = _strided(dout, ctx.strides)
+        dx, dresidual, dweight, dbias = KERNELS[ctx.backend].batch_norm_backward(
+            dout,
+            dout if x is None else _dense(x),
+            mask, weight, bias, mean, rstd, ctx.training, ctx.relu,
+            need_x, need_residual and ctx.relu, need_weight or need_bias,
+        )  # fmt: skip
+        if need_residual and not ctx.relu:
+            dresidual = dout
+        return (
+            dx if need_x else None,
+            dresidual if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            *(None,) * 7,
+        )
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` if it fills its memory as `(N, C, *)` or `(N, *, C)`, else a copy that does."""
+    if x.is_contiguous():
+        return x
+    memory_format = _CHANNELS_LAST.get(x.dim())
+    if memory_format is None:
+        # (N, L, C) read as (N, C, L), the usual 1-D network.
+        if x.dim() == 3 and x.transpose(1, 2).is_contiguous():
+            return x
+        return x.contiguous()
+    if x.is_contiguous(memory_format=memory_format):
+        return x
+    return x.contiguous(
+        memory_format=memory_format if x.stride(1) == 1 else torch.contiguous_format
+    )
+
+
+def _laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:
+    """`tensor`, or a copy of it with the strides of the dense tensor `x` of the same shape."""
+    return _strided(tensor, x.stride())
+
+
+def _strided(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if tensor.stride() == strides or all(
+        size == 1 or have == want
+        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    ):
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
+
+
+def _check_activation(x: Tensor) -> None:
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: expected dtype float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
+
+
+def _check_residual(residual: Tensor, x: Tensor) -> None:
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected dtype {x.dtype} like x, got {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
+
+
+def _check_channel_vector(name: str, vector: Tensor, x: Tensor) -> None:
+    if vector.shape != x.shape[1:2]:
+        raise ValueError(
+            f"{name}: expected shape ({x.shape[1]},) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(vector.shape)}"
+        )
+    if vector.dtype != x.dtype and (vector.dtype != torch.float32 or x.dtype == torch.float64):
+        wanted = x.dtype if x.dtype.itemsize >= 4 else f"{x.dtype} or torch.float32"
+        raise TypeError(f"{name}: expected dtype {wanted} for x of {x.dtype}, got {vector.dtype}")
+    if vector.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {vector.device}")
+
+
+def check_batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    """Raise `TypeError` or `ValueError` unless the arguments of a `batch_norm_*` function fit."""
+    _check_activation(x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
+    if residual is not None:
+        _check_residual(residual, x)
+    for name, vector in (
+        ("running_mean", running_mean),
+        ("running_var", running_var),
+        ("weight", weight),
+        ("bias", bias),
+    ):
+        if vector is not None:
+            _check_channel_vector(name, vector, x)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean, running_var: expected both or neither")
+    if training:
+        if eps <= 0:
+            raise ValueError(f"eps: expected a positive number when training, got {eps}")
+        if x.numel() == x.shape[1]:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, "
+                f"got input size {tuple(x.shape)}"
+            )
+    else:
+        if eps < 0:
+            raise ValueError(f"eps: expected a number not below 0, got {eps}")
+        if running_mean is None:
+            raise ValueError("running_mean, running_var: expected tensors when not training")

@@ -1,0 +1,171 @@
+"""The raw operators: schemas, fakes, and where each implementation comes from.
+
+Two namespaces hold the same four operators: `fusedskip` is compiled (`csrc/bindings` registers the
+CPU and CUDA kernels), `fusedskip_triton` launches `fusedskip.triton_kernels`. They are private, know
+nothing of autograd, and check only what a kernel needs to be memory-safe: `fusedskip.functional` has
+checked the arguments and gives dense tensors of one memory layout.
+
+`mask` holds one bit an element, 1 where the gradient passes: `not (out <= 0)`. Its rows are the rows
+of memory, each padded to whole bytes; see `mask_shape`. A result that was not asked for has shape (0,).
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COMPILED, TRITON = "fusedskip", "fusedskip_triton"
+
+_SCHEMAS = {
+    "add_relu": "(Tensor x, Tensor residual, bool save_mask) -> (Tensor out, Tensor mask)",
+    "add_relu_backward": "(Tensor dout, Tensor mask) -> Tensor dx",
+    # save_mask is for residuals: without one, backward recomputes the mask from x.
+    "batch_norm": (
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "bool training, float momentum, float eps, bool relu, bool save_mask) "
+        "-> (Tensor out, Tensor mask, Tensor mean, Tensor rstd)"
+    ),
+    "batch_norm_backward": (
+        "(Tensor dout, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, "
+        "Tensor mean, Tensor rstd, bool training, bool relu, "
+        "bool need_dx, bool need_dresidual, bool need_dparams) "
+        "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+    ),
+}
+
+
+def memory_view(x: Tensor) -> tuple[int, int, int]:
+    """`(n_outer, n_channels, n_inner)` of a dense `(N, C, *)` tensor, in the order of its memory.
+
+    Contiguous: `(N, C, spatial)`. Channels-last: `(N * spatial, C, 1)`.
+    """
+    n_channels, spatial = x.shape[1], math.prod(x.shape[2:])
+    if x.is_contiguous():
+        return x.shape[0], n_channels, spatial
+    return x.shape[0] * spatial, n_channels, 1
+
+
+def mask_shape(view: tuple[int, int, int]) -> tuple[int, int]:
+    """Shape of the 1-bit mask: a row for each run of memory within which the channel pattern repeats."""
+    n_outer, n_channels, n_inner = view
+    if n_inner == 1:
+        return n_outer, (n_channels + 7) // 8
+    return n_outer * n_channels, (n_inner + 7) // 8
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of mean, rstd and every sum: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_add_relu(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+    shape = mask_shape((1, 1, x.numel())) if save_mask else (0,)
+    return torch.empty_like(x), x.new_empty(shape, dtype=torch.uint8)
+
+
+def _fake_add_relu_backward(dout: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(dout)
+
+
+def _fake_batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = mask_shape(memory_view(x)) if save_mask else (0,)
+    statistics = {"size": (x.shape[1],), "dtype": statistics_dtype(x.dtype)}
+    return (
+        torch.empty_like(x),
+        x.new_empty(shape, dtype=torch.uint8),
+        x.new_empty(**statistics),
+        x.new_empty(**statistics),
+    )
+
+
+def _fake_batch_norm_backward(
+    dout: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameter_gradient(parameter: Tensor | None) -> Tensor:
+        if parameter is None or not need_dparams:
+            return x.new_empty((0,))
+        return torch.empty_like(parameter)
+
+    return (
+        torch.empty_like(x) if need_dx else x.new_empty((0,)),
+        torch.empty_like(x) if need_dresidual else x.new_empty((0,)),
+        parameter_gradient(weight),
+        parameter_gradient(bias),
+    )
+
+
+_FAKES = {
+    "add_relu": _fake_add_relu,
+    "add_relu_backward": _fake_add_relu_backward,
+    "batch_norm": _fake_batch_norm,
+    "batch_norm_backward": _fake_batch_norm_backward,
+}
+
+
+def _triton_launcher(name: str) -> Callable[..., Any]:
+    """A launcher that imports Triton at its first call: the import takes half a second."""
+
+    def launch(*args: Any) -> Any:
+        from fusedskip import triton_kernels
+
+        return getattr(triton_kernels, name)(*args)
+
+    return launch
+
+
+def _define(namespace: str) -> torch.library.Library:
+    library = torch.library.Library(namespace, "DEF")
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema, tags=tags)
+        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+    return library
+
+
+def _load_compiled() -> Exception | None:
+    """Import the extension, which registers its kernels; return why it could not be had."""
+    try:
+        importlib.import_module("fusedskip._C")
+    except ImportError as error:
+        return error
+    return None
+
+
+# The definitions live as long as these objects.
+_libraries = {namespace: _define(namespace) for namespace in (COMPILED, TRITON)}
+compiled_error = _load_compiled()
+for _name in _SCHEMAS:
+    for _key in ("CPU", "CUDA"):
+        _libraries[TRITON].impl(_name, _triton_launcher(_name), _key)
+
+
+def has_kernel(namespace: str, dispatch_key: str) -> bool:
+    """Whether `namespace` has kernels for `"CPU"` or `"CUDA"` in this installation."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::batch_norm", dispatch_key)
