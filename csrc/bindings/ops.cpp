@@ -1,0 +1,232 @@
+// fusedskip._C: the compiled operators, bound through LibTorch's stable ABI (torch >= 2.11).
+//
+// Schemas stand in fusedskip/ops.py. The arguments come checked by fusedskip.functional; what is
+// checked again here is what memory safety needs of a caller that goes around it.
+
+#include <Python.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "../cpu/batch_norm.h"
+
+namespace {
+
+using fusedskip::cpu::ChannelVector;
+using fusedskip::cpu::Dtype;
+using fusedskip::cpu::View;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "expected a floating point tensor");
+  }
+}
+
+// Results come straight from the allocator: a trip through the dispatcher costs a microsecond each.
+Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
+                     int32_t dtype) {
+  int32_t device_type;
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+int32_t raw_dtype(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+Tensor empty_like(const Tensor& x) {
+  return empty_strided(x, x.dim(), x.sizes().data(), x.strides().data(), raw_dtype(x));
+}
+
+Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  return empty_strided(like, 1, &size, &stride, dtype);
+}
+
+Tensor not_asked_for(const Tensor& x) { return empty_vector(x, 0, raw_dtype(x)); }
+
+Tensor empty_mask(const Tensor& x, bool wanted, const View& view) {
+  if (!wanted) return empty_vector(x, 0, aoti_torch_dtype_uint8());
+  const int64_t sizes[] = {view.n_rows(), view.mask_row_bytes()}, strides[] = {sizes[1], 1};
+  return empty_strided(x, 2, sizes, strides, aoti_torch_dtype_uint8());
+}
+
+uint8_t* mask_data(const Tensor& mask, const View& view) {
+  if (mask.numel() == 0) return nullptr;
+  STD_TORCH_CHECK(mask.numel() == view.n_rows() * view.mask_row_bytes() &&
+                      mask.scalar_type() == ScalarType::Byte && mask.is_contiguous(),
+                  "mask: not the one that forward returned");
+  return static_cast<uint8_t*>(mask.data_ptr());
+}
+
+// See fusedskip.ops.memory_view.
+View view_of(const Tensor& x) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t spatial = 1;
+  for (int64_t d = 2; d < x.dim(); ++d) spatial *= sizes[d];
+  if (x.is_contiguous()) return {sizes[0], sizes[1], spatial};
+  int64_t expected = sizes[1];
+  bool channels_last = sizes[1] == 1 || strides[1] == 1;
+  for (int64_t d = x.dim() - 1; d >= 0; d -= d == 2 ? 2 : 1) {
+    channels_last &= sizes[d] == 1 || strides[d] == expected;
+    expected *= sizes[d];
+  }
+  STD_TORCH_CHECK(channels_last, "x: expected a dense (N, C, *) or (N, *, C) tensor");
+  return {sizes[0] * spatial, sizes[1], 1};
+}
+
+const void* data_like(const Tensor& tensor, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(tensor.numel() == x.numel() && tensor.scalar_type() == x.scalar_type() &&
+                      tensor.is_cpu() == x.is_cpu(),
+                  name, ": expected the shape, dtype, device and memory layout of x");
+  for (int64_t d = 0; d < x.dim(); ++d)
+    STD_TORCH_CHECK(tensor.size(d) == x.size(d) &&
+                        (x.size(d) == 1 || tensor.stride(d) == x.stride(d)),
+                    name, ": expected the shape, dtype, device and memory layout of x");
+  return tensor.data_ptr();
+}
+
+ChannelVector channels(const OptionalTensor& tensor, int64_t n_channels, const char* name) {
+  if (!tensor) return {};
+  STD_TORCH_CHECK(tensor->numel() == n_channels && tensor->dim() == 1 && tensor->is_contiguous(),
+                  name, ": expected one number a channel, contiguous");
+  return {tensor->data_ptr(), dtype_of(*tensor)};
+}
+
+std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool save_mask) {
+  const View flat{1, 1, x.numel()};
+  Tensor out = empty_like(x), mask = empty_mask(x, save_mask, flat);
+  fusedskip::cpu::add_relu(dtype_of(x), x.numel(), x.data_ptr(), data_like(residual, x, "residual"),
+                           out.data_ptr(), mask_data(mask, flat));
+  return {out, mask};
+}
+
+Tensor add_relu_backward(const Tensor& dout, const Tensor& mask) {
+  Tensor dx = empty_like(dout);
+  const uint8_t* bits = mask_data(mask, {1, 1, dout.numel()});
+  STD_TORCH_CHECK(bits, "mask: expected one, got none");
+  fusedskip::cpu::add_relu_backward(dtype_of(dout), dout.numel(), dout.data_ptr(), bits,
+                                    dx.data_ptr());
+  return dx;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(
+    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, bool training, double momentum, double eps, bool relu,
+    bool save_mask) {
+  const View view = view_of(x);
+  const int64_t n_channels = view.n_channels;
+  const Dtype dtype = dtype_of(x);
+  const bool fp64 = dtype == Dtype::kFloat64;
+  const int32_t statistics = fp64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  Tensor out = empty_like(x), mask = empty_mask(x, save_mask, view);
+  Tensor mean = empty_vector(x, n_channels, statistics);
+  Tensor rstd = empty_vector(x, n_channels, statistics);
+  STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics: expected");
+  fusedskip::cpu::batch_norm({
+      .view = view,
+      .dtype = dtype,
+      .x = x.data_ptr(),
+      .residual = residual ? data_like(*residual, x, "residual") : nullptr,
+      .weight = channels(weight, n_channels, "weight"),
+      .bias = channels(bias, n_channels, "bias"),
+      .running_mean = channels(running_mean, n_channels, "running_mean"),
+      .running_var = channels(running_var, n_channels, "running_var"),
+      .training = training,
+      .relu = relu,
+      .momentum = momentum,
+      .eps = eps,
+      .out = out.data_ptr(),
+      .mask = mask_data(mask, view),
+      .mean = channels(mean, n_channels, "mean"),
+      .rstd = channels(rstd, n_channels, "rstd"),
+  });
+  return {out, mask, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
+    const Tensor& dout, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& weight,
+    const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training, bool relu,
+    bool need_dx, bool need_dresidual, bool need_dparams) {
+  const View view = view_of(x);
+  const int64_t n_channels = view.n_channels;
+  const auto gradient_of = [&](const OptionalTensor& parameter) {
+    return parameter && need_dparams ? empty_vector(x, n_channels, raw_dtype(*parameter))
+                                     : not_asked_for(x);
+  };
+  Tensor dx = need_dx ? empty_like(x) : not_asked_for(x);
+  Tensor dresidual = need_dresidual ? empty_like(x) : not_asked_for(x);
+  Tensor dweight = gradient_of(weight), dbias = gradient_of(bias);
+  const Dtype statistics =
+      dtype_of(x) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  STD_TORCH_CHECK(dtype_of(mean) == statistics && dtype_of(rstd) == statistics,
+                  "mean, rstd: not those that forward returned");
+  fusedskip::cpu::batch_norm_backward({
+      .view = view,
+      .dtype = dtype_of(x),
+      .dout = data_like(dout, x, "dout"),
+      .x = x.data_ptr(),
+      .mask = mask ? mask_data(*mask, view) : nullptr,
+      .weight = channels(weight, n_channels, "weight"),
+      .bias = channels(bias, n_channels, "bias"),
+      .mean = channels(mean, n_channels, "mean"),
+      .rstd = channels(rstd, n_channels, "rstd"),
+      .training = training,
+      .relu = relu,
+      .dx = need_dx ? dx.data_ptr() : nullptr,
+      .dresidual = need_dresidual ? dresidual.data_ptr() : nullptr,
+      .dweight = dweight.numel() ? channels(dweight, n_channels, "dweight") : ChannelVector{},
+      .dbias = dbias.numel() ? channels(dbias, n_channels, "dbias") : ChannelVector{},
+      .need_dparams = need_dparams,
+  });
+  return {dx, dresidual, dweight, dbias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fusedskip, CPU, m) {
+  m.impl("add_relu", TORCH_BOX(&add_relu));
+  m.impl("add_relu_backward", TORCH_BOX(&add_relu_backward));
+  m.impl("batch_norm", TORCH_BOX(&batch_norm));
+  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+}
+
+PyObject* cpu_instruction_set(PyObject*, PyObject*) {
+  return PyUnicode_FromString(fusedskip::cpu::instruction_set());
+}
+
+PyMethodDef methods[] = {
+    {"cpu_instruction_set", cpu_instruction_set, METH_NOARGS,
+     "The instruction set that the CPU kernels chose: 'avx512', 'avx2' or 'baseline'."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr,
+                      nullptr};
+
+}  // namespace
+
+// `import fusedskip._C` runs the registrations above.
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,31 @@
+// The kernels for AVX-512 F, BW, DQ and VL (x86-64-v4).
+//
+// What other headers define inline comes before the target pragma: compiled behind it, the linker
+// could choose that copy for every file, and an older processor would stop at it.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "storage.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+// GCC's own AVX-512 headers start from a register that they leave undefined on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+#define FUSEDSKIP_ISA avx512
+#define FUSEDSKIP_AVX512
+
+#include "stages.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

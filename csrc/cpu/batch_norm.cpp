@@ -1,0 +1,392 @@
+// Cuts a tensor into tiles and runs the stages over them.
+//
+// The tiles, and the order in which their partial results are merged, follow from the shape alone, so
+// that results are bitwise the same whatever the number of threads. What the threads change is the
+// order of the work: with channels enough for all of them, each takes a channel through both stages
+// while it lies in cache; otherwise all run the first stage, then all the second, backwards, so that
+// it starts with what the first has left in cache.
+
+#include "batch_norm.h"
+
+#include <cmath>
+#include <memory>
+
+#include "parallel.h"
+#include "storage.h"
+
+namespace fusedskip::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Kernels* kernels;
+};
+
+InstructionSet choose_instruction_set() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return {"avx512", avx512::kKernels};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return {"avx2", avx2::kKernels};
+#endif
+  return {"baseline", baseline::kKernels};
+}
+
+const InstructionSet kInstructionSet = choose_instruction_set();
+
+const Kernels& kernels(Dtype dtype) { return kInstructionSet.kernels[int(dtype)]; }
+
+int64_t bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+// A pointer moved by elements of a run-time dtype; null stays null.
+template <typename Pointer>
+Pointer advance(Pointer p, int64_t elements, Dtype dtype) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  return p ? static_cast<Byte*>(p) + elements * bytes(dtype) : nullptr;
+}
+
+template <typename Pointer>
+Pointer advance_mask(Pointer mask, int64_t n_bytes) {
+  return mask ? mask + n_bytes : nullptr;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Tile {
+  Runs runs;
+  int64_t offset;       // of its first element in the tensor
+  int64_t mask_offset;  // in bytes
+};
+
+// Channels fall into groups that are reduced apart: one channel each, or channels-last all together.
+// Every group is cut into `tiles` tiles.
+struct Tiling {
+  View view;
+  bool per_lane;
+  int64_t groups, tiles;
+  int64_t pieces, piece_length;  // of a plane, when one is more than a tile
+  int64_t outer;                 // planes or rows a tile
+
+  explicit Tiling(View v) : view(v), per_lane(v.n_inner == 1) {
+    // 8192 elements stay in L1 for a second look. Rows are many channels at once, and each tile of
+    // them writes its sums for all: as few tiles as will still spread over the threads.
+    constexpr int64_t kPlaneTile = 8192, kRowTile = 65536, kMaxRowTiles = 128;
+    pieces = 1;
+    piece_length = v.n_inner;
+    if (per_lane) {
+      groups = 1;
+      const int64_t rows = std::max(ceil_div(kRowTile, v.n_channels), ceil_div(v.n_outer, kMaxRowTiles));
+      outer = std::min(rows, v.n_outer);
+    } else {
+      groups = v.n_channels;
+      outer = std::clamp<int64_t>(kPlaneTile / v.n_inner, 1, v.n_outer);
+      // Pieces start at a whole byte of mask and a cache line of any dtype.
+      piece_length = ceil_div(ceil_div(v.n_inner, ceil_div(v.n_inner, kPlaneTile)), 64) * 64;
+      pieces = ceil_div(v.n_inner, piece_length);
+    }
+    tiles = ceil_div(v.n_outer, outer) * pieces;
+  }
+
+  int64_t group_channels() const { return per_lane ? view.n_channels : 1; }
+  int64_t tile_elements() const { return outer * piece_length * group_channels(); }
+
+  Tile tile(int64_t group, int64_t index) const {
+    const int64_t first = index / pieces * outer, count = std::min(outer, view.n_outer - first);
+    if (per_lane)
+      return {{count, view.n_channels, view.n_channels, view.mask_row_bytes(), true},
+              first * view.n_channels,
+              first * view.mask_row_bytes()};
+    const int64_t begin = index % pieces * piece_length;
+    const int64_t row = first * view.n_channels + group;
+    return {{count, std::min(piece_length, view.n_inner - begin), view.n_channels * view.n_inner,
+             view.n_channels * view.mask_row_bytes(), false},
+            row * view.n_inner + begin,
+            row * view.mask_row_bytes() + begin / 8};
+  }
+
+  // Elements a channel in tile `index`.
+  int64_t count(int64_t index) const {
+    const Runs runs = tile(0, index).runs;
+    return per_lane ? runs.count : runs.count * runs.length;
+  }
+};
+
+// reduce(group, tile) for all tiles, then finish(first channel, last channel), then
+// apply(group, tile). An empty std::function is a stage left out.
+template <typename Reduce, typename Finish, typename Apply>
+void two_stages(const Tiling& tiling, bool reduces, const Reduce& reduce, const Finish& finish,
+                const Apply& apply) {
+  const int64_t tiles = tiling.tiles, width = tiling.group_channels();
+  if (tiling.groups >= num_threads()) {
+    parallel_for(tiling.groups, tiles * tiling.tile_elements(), [&](int64_t begin, int64_t end) {
+      for (int64_t group = begin; group < end; ++group) {
+        for (int64_t tile = 0; reduces && tile < tiles; ++tile) reduce(group, tile);
+        finish(group * width, (group + 1) * width);
+        for (int64_t tile = tiles; tile-- > 0;) apply(group, tile);
+      }
+    });
+    return;
+  }
+  const int64_t items = tiling.groups * tiles;
+  if (reduces)
+    parallel_for(items, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) reduce(item / tiles, item % tiles);
+    });
+  parallel_for(tiling.view.n_channels, reduces ? 16 * tiles : 16, finish);
+  parallel_for(items, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
+    for (int64_t item = end; item-- > begin;) apply(item / tiles, item % tiles);
+  });
+}
+
+// Two numbers for every channel of every tile.
+class Partials {
+ public:
+  Partials(const Tiling& tiling, bool used)
+      : tiling_(tiling),
+        size_(used ? tiling.tiles * tiling.view.n_channels : 0),
+        data_(new double[2 * size_]) {}
+
+  double* first(int64_t group, int64_t tile) const { return data_.get() + index(group, tile); }
+  double* second(int64_t group, int64_t tile) const { return first(group, tile) + size_; }
+
+ private:
+  int64_t index(int64_t group, int64_t tile) const {
+    return (group * tiling_.tiles + tile) * tiling_.group_channels();
+  }
+
+  const Tiling& tiling_;
+  int64_t size_;
+  std::unique_ptr<double[]> data_;
+};
+
+// One array of S for each of kArrays coefficients.
+template <typename S, int kArrays>
+class Coefficients {
+ public:
+  explicit Coefficients(int64_t n_channels)
+      : n_channels_(n_channels), data_(new S[kArrays * n_channels]) {}
+
+  S* operator[](int array) const { return data_.get() + array * n_channels_; }
+
+ private:
+  int64_t n_channels_;
+  std::unique_ptr<S[]> data_;
+};
+
+// The one place where y = (x - mean)·scale + shift gets its scale: backward must find bitwise what
+// forward used, to recompute the same mask.
+template <typename S>
+S scale_of(const ChannelVector& weight, int64_t c, S rstd) {
+  return S(weight.get(c, 1)) * rstd;
+}
+
+template <typename S>
+void forward(const BatchNormForward& args) {
+  const View view = args.view;
+  const Tiling tiling(view);
+  const Partials partials(tiling, args.training);
+  const Coefficients<S, 2> coefficients(view.n_channels);
+  S* mean = static_cast<S*>(args.mean.data);
+  S* rstd = static_cast<S*>(args.rstd.data);
+  S *scale = coefficients[0], *shift = coefficients[1];
+  const Kernels& kernel = kernels(args.dtype);
+
+  const auto stats = [&](int64_t group, int64_t index) {
+    const Tile tile = tiling.tile(group, index);
+    kernel.stats({tile.runs, advance(args.x, tile.offset, args.dtype),
+                  partials.first(group, index), partials.second(group, index)});
+  };
+
+  const auto batch_statistics = [&](int64_t c) {
+    const int64_t group = tiling.per_lane ? 0 : c, lane = tiling.per_lane ? c : 0;
+    double sum = 0, m2 = 0, seen = 0;
+    for (int64_t index = 0; index < tiling.tiles; ++index) {
+      const double count = double(tiling.count(index));
+      const double tile_sum = partials.first(group, index)[lane];
+      const double delta = tile_sum / count - (seen > 0 ? sum / seen : 0);
+      m2 += partials.second(group, index)[lane] + delta * delta * (seen * count / (seen + count));
+      sum += tile_sum;
+      seen += count;
+    }
+    const double batch_mean = sum / seen, keep = 1 - args.momentum;
+    if (args.running_mean.data) {
+      const auto update = [&](const ChannelVector& running, double batch) {
+        running.set(c, keep * running.get(c, 0) + args.momentum * batch);
+      };
+      update(args.running_mean, batch_mean);
+      update(args.running_var, m2 / (seen - 1));
+    }
+    mean[c] = S(batch_mean);
+    rstd[c] = S(1 / std::sqrt(m2 / seen + args.eps));
+  };
+
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      if (args.training) {
+        batch_statistics(c);
+      } else {
+        mean[c] = S(args.running_mean.get(c, 0));
+        rstd[c] = S(1 / std::sqrt(args.running_var.get(c, 1) + args.eps));
+      }
+      scale[c] = scale_of(args.weight, c, rstd[c]);
+      shift[c] = S(args.bias.get(c, 0));
+    }
+  };
+
+  const auto apply = [&](int64_t group, int64_t index) {
+    const Tile tile = tiling.tile(group, index);
+    const int64_t c = tiling.per_lane ? 0 : group;
+    kernel.apply({tile.runs, advance(args.x, tile.offset, args.dtype),
+                  advance(args.residual, tile.offset, args.dtype),
+                  advance(args.out, tile.offset, args.dtype),
+                  advance_mask(args.mask, tile.mask_offset),
+                  {mean + c, scale + c, shift + c},
+                  args.relu});
+  };
+
+  two_stages(tiling, args.training, stats, finish, apply);
+}
+
+template <typename S>
+void backward(const BatchNormBackward& args) {
+  const View view = args.view;
+  const Tiling tiling(view);
+  const bool needs_apply = args.dx || args.dresidual;
+  const bool reduces = args.need_dparams || (args.training && args.dx);
+  const Partials partials(tiling, reduces);
+  const Coefficients<S, 4> coefficients(view.n_channels);
+  const S* mean = static_cast<const S*>(args.mean.data);
+  const S* rstd = static_cast<const S*>(args.rstd.data);
+  S *scale = coefficients[0], *shift = coefficients[1], *k2 = coefficients[2], *k3 = coefficients[3];
+  const Gate gate = !args.relu ? Gate::kNone : args.mask ? Gate::kMask : Gate::kRecompute;
+  const double n = double(view.n_outer) * double(view.n_inner);
+  const Kernels& kernel = kernels(args.dtype);
+
+  const auto coefficients_of = [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      scale[c] = scale_of(args.weight, c, rstd[c]);
+      shift[c] = S(args.bias.get(c, 0));
+    }
+  };
+  coefficients_of(0, view.n_channels);
+
+  const auto affine = [&](int64_t group) -> Affine {
+    const int64_t c = tiling.per_lane ? 0 : group;
+    return {mean + c, scale + c, shift + c};
+  };
+
+  const auto bwd_reduce = [&](int64_t group, int64_t index) {
+    const Tile tile = tiling.tile(group, index);
+    kernel.bwd_reduce({tile.runs, advance(args.dout, tile.offset, args.dtype),
+                       advance(args.x, tile.offset, args.dtype),
+                       advance_mask(args.mask, tile.mask_offset), affine(group), gate,
+                       partials.first(group, index), partials.second(group, index)});
+  };
+
+  const auto finish = [&](int64_t begin, int64_t end) {
+    if (!reduces) return;
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t group = tiling.per_lane ? 0 : c, lane = tiling.per_lane ? c : 0;
+      double sum_g = 0, sum_gx = 0;
+      for (int64_t index = 0; index < tiling.tiles; ++index) {
+        sum_g += partials.first(group, index)[lane];
+        sum_gx += partials.second(group, index)[lane];
+      }
+      const double r = rstd[c];
+      if (args.dweight.data) args.dweight.set(c, r * sum_gx);
+      if (args.dbias.data) args.dbias.set(c, sum_g);
+      k2[c] = S(-double(scale[c]) * r * r * sum_gx / n);
+      k3[c] = S(-double(scale[c]) * sum_g / n);
+    }
+  };
+
+  const auto bwd_apply = [&](int64_t group, int64_t index) {
+    if (!needs_apply) return;
+    const Tile tile = tiling.tile(group, index);
+    const int64_t c = tiling.per_lane ? 0 : group;
+    kernel.bwd_apply({tile.runs, advance(args.dout, tile.offset, args.dtype),
+                      advance(args.x, tile.offset, args.dtype),
+                      advance_mask(args.mask, tile.mask_offset),
+                      advance(args.dx, tile.offset, args.dtype),
+                      advance(args.dresidual, tile.offset, args.dtype), affine(group),
+                      args.training ? k2 + c : nullptr, k3 + c, gate});
+  };
+
+  two_stages(tiling, reduces, bwd_reduce, finish, bwd_apply);
+}
+
+}  // namespace
+
+double ChannelVector::get(int64_t c, double absent) const {
+  if (!data) return absent;
+  switch (dtype) {
+    case Dtype::kFloat64:
+      return static_cast<const double*>(data)[c];
+    case Dtype::kFloat32:
+      return static_cast<const float*>(data)[c];
+    case Dtype::kBFloat16:
+      return widen(static_cast<const BFloat16*>(data)[c]);
+    case Dtype::kFloat16:
+      return widen(static_cast<const Float16*>(data)[c]);
+  }
+  __builtin_unreachable();
+}
+
+void ChannelVector::set(int64_t c, double value) const {
+  switch (dtype) {
+    case Dtype::kFloat64:
+      static_cast<double*>(data)[c] = value;
+      return;
+    case Dtype::kFloat32:
+      static_cast<float*>(data)[c] = float(value);
+      return;
+    case Dtype::kBFloat16:
+      static_cast<BFloat16*>(data)[c] = narrow<BFloat16>(value);
+      return;
+    case Dtype::kFloat16:
+      static_cast<Float16*>(data)[c] = narrow<Float16>(value);
+      return;
+  }
+}
+
+void batch_norm(const BatchNormForward& args) {
+  args.dtype == Dtype::kFloat64 ? forward<double>(args) : forward<float>(args);
+}
+
+void batch_norm_backward(const BatchNormBackward& args) {
+  args.dtype == Dtype::kFloat64 ? backward<double>(args) : backward<float>(args);
+}
+
+void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
+              uint8_t* mask) {
+  const Tiling tiling({1, 1, numel});
+  parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile = tiling.tile(0, index);
+      kernels(dtype).apply({tile.runs, advance(x, tile.offset, dtype),
+                            advance(residual, tile.offset, dtype), advance(out, tile.offset, dtype),
+                            advance_mask(mask, tile.mask_offset), {}, true});
+    }
+  });
+}
+
+void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8_t* mask,
+                       void* dx) {
+  const Tiling tiling({1, 1, numel});
+  parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
+    for (int64_t index = begin; index < end; ++index) {
+      const Tile tile = tiling.tile(0, index);
+      kernels(dtype).bwd_apply({tile.runs, advance(dout, tile.offset, dtype), nullptr,
+                                mask + tile.mask_offset, nullptr, advance(dx, tile.offset, dtype),
+                                {}, nullptr, nullptr, Gate::kMask});
+    }
+  });
+}
+
+const char* instruction_set() { return kInstructionSet.name; }
+
+}  // namespace fusedskip::cpu

@@ -1,0 +1,93 @@
+// The four stages on one tile, and the table through which an instruction set is chosen.
+//
+// A tile is a number of runs, each contiguous in memory, of a dense (n_outer, n_channels, n_inner)
+// tensor. Channels-first, a tile lies within one channel, and its coefficients are one number each.
+// Channels-last (n_inner == 1) a run is a row of all channels, and the coefficients are arrays.
+
+#pragma once
+
+#include <cstdint>
+
+namespace fusedskip::cpu {
+
+enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
+inline constexpr int kDtypes = 4;
+
+// How a gradient passes the ReLU: freely, by the saved bits, or by the sign of the recomputed output.
+enum class Gate { kNone, kMask, kRecompute };
+
+struct Runs {
+  int64_t count;
+  int64_t length;       // in elements
+  int64_t stride;       // between the starts of two runs, in elements
+  int64_t mask_stride;  // likewise in the 1-bit mask, in bytes
+  bool per_lane;        // coefficients differ from element to element of a run (channels-last)
+};
+
+// y = (x - mean) * scale + shift, in statistics precision S: double for fp64, else float.
+struct Affine {
+  const void* mean;  // null where there is no norm (add_relu)
+  const void* scale;
+  const void* shift;
+};
+
+struct StatsTile {
+  Runs runs;
+  const void* x;
+  double* sum;  // Σx per channel of the tile
+  double* m2;   // Σ(x - tile mean)², likewise
+};
+
+struct ApplyTile {
+  Runs runs;
+  const void* x;
+  const void* residual;  // or null
+  void* out;
+  uint8_t* mask;  // or null
+  Affine affine;
+  bool relu;
+};
+
+struct BwdReduceTile {
+  Runs runs;
+  const void* dout;
+  const void* x;
+  const uint8_t* mask;
+  Affine affine;
+  Gate gate;
+  double* sum_g;   // Σg per channel of the tile
+  double* sum_gx;  // Σg·(x - mean), likewise
+};
+
+struct BwdApplyTile {
+  Runs runs;
+  const void* dout;
+  const void* x;
+  const uint8_t* mask;
+  void* dx;         // or null
+  void* dresidual;  // or null
+  Affine affine;    // dx = scale·g + k2·(x - mean) + k3; without k2 (evaluation) dx = scale·g
+  const void* k2;
+  const void* k3;
+  Gate gate;
+};
+
+struct Kernels {
+  void (*stats)(const StatsTile&);
+  void (*apply)(const ApplyTile&);
+  void (*bwd_reduce)(const BwdReduceTile&);
+  void (*bwd_apply)(const BwdApplyTile&);
+};
+
+// One table an instruction set, indexed by Dtype. All but kBaseline exist on x86-64 alone.
+namespace baseline {
+extern const Kernels kKernels[kDtypes];
+}
+namespace avx2 {
+extern const Kernels kKernels[kDtypes];
+}
+namespace avx512 {
+extern const Kernels kKernels[kDtypes];
+}
+
+}  // namespace fusedskip::cpu

@@ -1,0 +1,387 @@
+// The four stages on one tile, written once for every instruction set, storage type and layout.
+//
+// The elementwise stages (apply, bwd_apply) do not care about the layout beyond where a coefficient
+// comes from: broadcast over a channel's run, or loaded lane by lane along a row. The reducing stages
+// (stats, bwd_reduce) differ: channels-first folds the lanes at the end of the tile, channels-last
+// keeps a column of packs in registers down a block of rows.
+
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace fusedskip::cpu::FUSEDSKIP_ISA {
+
+// Coefficients -------------------------------------------------------------------------------------
+
+// The coefficients of the lanes from element i of a run on; n < kLanes of them near a run's end.
+template <typename S, bool kPerLane>
+struct Coefficient {
+  const S* p;
+  Pack<S> all;
+
+  explicit Coefficient(const void* coefficients) : p(static_cast<const S*>(coefficients)) {
+    all = Pack<S>::broadcast(!kPerLane && p ? *p : S(0));
+  }
+  Pack<S> at(int64_t i) const { return kPerLane ? load(p + i) : all; }
+  Pack<S> at(int64_t i, int n) const { return kPerLane ? load(p + i, n) : all; }
+};
+
+// Calls body(i, n...) over a run: n is left out for whole packs and given for the rest.
+template <int kLanes, typename Body>
+inline void for_each_pack(int64_t length, Body body) {
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) body(i);
+  if (i < length) body(i, int(length - i));
+}
+
+template <int kMaskBytes>
+inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits) {
+  std::memcpy(mask + i / 8, &bits, kMaskBytes);
+}
+
+template <int kMaskBytes>
+inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits, int n) {
+  bits &= (1u << n) - 1;
+  std::memcpy(mask + i / 8, &bits, (n + 7) / 8);
+}
+
+template <int kMaskBytes>
+inline uint32_t load_mask(const uint8_t* mask, int64_t i) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, mask + i / 8, kMaskBytes);
+  return bits;
+}
+
+template <int kMaskBytes>
+inline uint32_t load_mask(const uint8_t* mask, int64_t i, int n) {
+  uint32_t bits = 0;
+  std::memcpy(&bits, mask + i / 8, (n + 7) / 8);
+  return bits;
+}
+
+// The gradient behind the ReLU.
+template <typename T, Gate kGate, bool kPerLane>
+struct Gated {
+  using S = StatisticsOf<T>;
+  Coefficient<S, kPerLane> mean, scale, shift;
+  Pack<S> threshold = Pack<S>::broadcast(kLargestStoredAsZero<T>);
+
+  explicit Gated(const Affine& affine)
+      : mean(affine.mean), scale(affine.scale), shift(affine.shift) {}
+
+  template <typename... N>
+  Pack<S> operator()(Pack<S> g, Pack<S> centred, const uint8_t* mask, int64_t i, N... n) const {
+    if constexpr (kGate == Gate::kMask)
+      return keep(g, load_mask<Pack<S>::kMaskBytes>(mask, i, n...));
+    if constexpr (kGate == Gate::kRecompute)
+      return keep(g, exceeds(fma(centred, scale.at(i, n...), shift.at(i, n...)), threshold));
+    return g;
+  }
+};
+
+// Elementwise stages -------------------------------------------------------------------------------
+
+template <typename T, bool kPerLane, bool kNorm, bool kResidual, bool kRelu>
+void apply_runs(const ApplyTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const Coefficient<S, kPerLane> mean(tile.affine.mean), scale(tile.affine.scale),
+      shift(tile.affine.shift);
+  const P threshold = P::broadcast(kLargestStoredAsZero<T>);
+  for (int64_t run = 0; run < tile.runs.count; ++run) {
+    const int64_t offset = run * tile.runs.stride;
+    const T* x = static_cast<const T*>(tile.x) + offset;
+    const T* residual = static_cast<const T*>(tile.residual) + (kResidual ? offset : 0);
+    T* out = static_cast<T*>(tile.out) + offset;
+    uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
+      P y = load(x + i, n...);
+      if constexpr (kNorm) y = fma(y - mean.at(i, n...), scale.at(i, n...), shift.at(i, n...));
+      if constexpr (kResidual) y = y + load(residual + i, n...);
+      if constexpr (kRelu) {
+        const uint32_t bits = exceeds(y, threshold);
+        y = keep(y, bits);
+        if (mask) store_mask<P::kMaskBytes>(mask, i, bits, n...);
+      }
+      store(out + i, y, n...);
+    });
+  }
+}
+
+template <typename T, bool kPerLane, Gate kGate, bool kTraining>
+void bwd_apply_runs(const BwdApplyTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const Gated<T, kGate, kPerLane> gated(tile.affine);
+  const Coefficient<S, kPerLane> k2(tile.k2), k3(tile.k3);
+  constexpr bool kReadsX = kTraining || kGate == Gate::kRecompute;
+  for (int64_t run = 0; run < tile.runs.count; ++run) {
+    const int64_t offset = run * tile.runs.stride;
+    const T* dout = static_cast<const T*>(tile.dout) + offset;
+    const T* x = static_cast<const T*>(tile.x) + (kReadsX ? offset : 0);
+    const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    T* dx = tile.dx ? static_cast<T*>(tile.dx) + offset : nullptr;
+    T* dresidual = tile.dresidual ? static_cast<T*>(tile.dresidual) + offset : nullptr;
+    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
+      P centred = P::broadcast(0);
+      if constexpr (kReadsX) {
+        if (kGate == Gate::kRecompute || dx) centred = load(x + i, n...) - gated.mean.at(i, n...);
+      }
+      const P g = gated(load(dout + i, n...), centred, mask, i, n...);
+      if (dresidual) store(dresidual + i, g, n...);
+      if (dx) {
+        P d = g * gated.scale.at(i, n...);
+        if constexpr (kTraining) d = fma(centred, k2.at(i, n...), d + k3.at(i, n...));
+        store(dx + i, d, n...);
+      }
+    });
+  }
+}
+
+// Reducing stages ----------------------------------------------------------------------------------
+
+// Adds to `sum` and `m2` of one channel a block of `count` elements, of which are known the pivot K
+// near their mean, their plain sum, Σ(x - K) and Σ(x - K)²; `seen` elements came before (Chan et al.,
+// 1983). The pivot makes mean >> std safe; the plain sum keeps an infinite mean infinite, as torch.
+inline void merge_block(double& sum, double& m2, double seen, double count, double pivot,
+                        double plain, double d1, double d2) {
+  const double block_sum = std::fabs(plain) < HUGE_VAL ? pivot * count + d1 : plain;
+  const double block_m2 = d2 - d1 * d1 / count;
+  const double delta = block_sum / count - (seen > 0 ? sum / seen : 0);
+  m2 += block_m2 + delta * delta * (seen * count / (seen + count));
+  sum += block_sum;
+}
+
+// Independent accumulators hide the latency of an add: 4 cycles at up to 2 a cycle, halved by the
+// loads they wait for.
+inline constexpr int kColumn = 4;
+
+template <typename T>
+void stats_planes(const StatsTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const T* tile_x = static_cast<const T*>(tile.x);
+  // body(k, pack): a pack of x for accumulator k. Lanes past a run's end hold `fill`.
+  const auto for_each = [&](S fill, auto body) {
+    for (int64_t run = 0; run < tile.runs.count; ++run) {
+      const T* x = tile_x + run * tile.runs.stride;
+      int64_t i = 0;
+      for (; i + kColumn * P::kLanes <= tile.runs.length; i += kColumn * P::kLanes)
+        for (int k = 0; k < kColumn; ++k) body(k, load(x + i + k * P::kLanes));
+      for_each_pack<P::kLanes>(tile.runs.length - i, [&](int64_t j, auto... n) {
+        P rest = load(x + i + j, n...);
+        if constexpr (sizeof...(n) > 0) {
+          S lanes[P::kLanes];
+          std::memcpy(lanes, &rest, sizeof(rest));
+          for (int l = (n, ...); l < P::kLanes; ++l) lanes[l] = fill;
+          std::memcpy(&rest, lanes, sizeof(rest));
+        }
+        body(0, rest);
+      });
+    }
+  };
+  const auto fold = [](const P (&a)[kColumn]) {
+    return double(sum((a[0] + a[1]) + (a[2] + a[3])));
+  };
+
+  const double count = double(tile.runs.count) * double(tile.runs.length);
+  P plain[kColumn] = {}, d1[kColumn] = {}, d2[kColumn] = {};
+  for_each(0, [&](int k, P x) { plain[k] = plain[k] + x; });
+  const double plain_sum = fold(plain);
+  const S pivot = S(plain_sum / count);
+  const P pivots = P::broadcast(pivot);
+  for_each(pivot, [&](int k, P x) {
+    const P d = x - pivots;
+    d1[k] = d1[k] + d;
+    d2[k] = fma(d, d, d2[k]);
+  });
+  *tile.sum = *tile.m2 = 0;
+  merge_block(*tile.sum, *tile.m2, 0, count, pivot, plain_sum, fold(d1), fold(d2));
+}
+
+// Rows a block: enough that merging in double costs little, few enough that the second look at a
+// column of 4 packs finds it in L1.
+inline int64_t rows_a_block(int64_t n_channels) {
+  const int64_t rows = 8192 / n_channels;
+  return rows < 32 ? 32 : rows > 256 ? 256 : rows;
+}
+
+// Calls body(column, packs as a constant, n...) over the columns of a row.
+template <int kLanes, typename Body>
+inline void for_each_column(int64_t length, Body body) {
+  int64_t i = 0;
+  for (; i + kColumn * kLanes <= length; i += kColumn * kLanes)
+    body(i, std::integral_constant<int, kColumn>());
+  for (; i + kLanes <= length; i += kLanes) body(i, std::integral_constant<int, 1>());
+  if (i < length) body(i, std::integral_constant<int, 1>(), int(length - i));
+}
+
+template <typename T>
+void stats_rows(const StatsTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const int64_t n_channels = tile.runs.length, block = rows_a_block(n_channels);
+  for (int64_t c = 0; c < n_channels; ++c) tile.sum[c] = tile.m2[c] = 0;
+  for (int64_t row = 0; row < tile.runs.count; row += block) {
+    const int64_t rows = row + block < tile.runs.count ? block : tile.runs.count - row;
+    const T* x = static_cast<const T*>(tile.x) + row * n_channels;
+    for_each_column<P::kLanes>(n_channels, [&](int64_t c, auto packs, auto... n) {
+      constexpr int kPacks = packs;
+      constexpr int kLanes = kPacks * P::kLanes;
+      P plain[kPacks] = {}, pivot[kPacks], d1[kPacks] = {}, d2[kPacks] = {};
+      for (int64_t r = 0; r < rows; ++r)
+        for (int k = 0; k < kPacks; ++k)
+          plain[k] = plain[k] + load(x + r * n_channels + c + k * P::kLanes, n...);
+      const P reciprocal = P::broadcast(S(1) / S(rows));
+      for (int k = 0; k < kPacks; ++k) pivot[k] = plain[k] * reciprocal;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int k = 0; k < kPacks; ++k) {
+          const P d = load(x + r * n_channels + c + k * P::kLanes, n...) - pivot[k];
+          d1[k] = d1[k] + d;
+          d2[k] = fma(d, d, d2[k]);
+        }
+      S lanes[4][kLanes];
+      std::memcpy(lanes[0], plain, sizeof(plain));
+      std::memcpy(lanes[1], pivot, sizeof(pivot));
+      std::memcpy(lanes[2], d1, sizeof(d1));
+      std::memcpy(lanes[3], d2, sizeof(d2));
+      int valid = kLanes;
+      ((valid = n), ...);
+      for (int l = 0; l < valid; ++l)
+        merge_block(tile.sum[c + l], tile.m2[c + l], double(row), double(rows), lanes[1][l],
+                    lanes[0][l], lanes[2][l], lanes[3][l]);
+    });
+  }
+}
+
+template <typename T, Gate kGate>
+void bwd_reduce_planes(const BwdReduceTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const Gated<T, kGate, false> gated(tile.affine);
+  P sum_g[2] = {}, sum_gx[2] = {};
+  for (int64_t run = 0; run < tile.runs.count; ++run) {
+    const T* dout = static_cast<const T*>(tile.dout) + run * tile.runs.stride;
+    const T* x = static_cast<const T*>(tile.x) + run * tile.runs.stride;
+    const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
+      const P centred = load(x + i, n...) - gated.mean.all;
+      // Lanes past the run's end load dout = 0 and add nothing.
+      const P g = gated(load(dout + i, n...), centred, mask, i, n...);
+      const int k = (i / P::kLanes) % 2;
+      sum_g[k] = sum_g[k] + g;
+      sum_gx[k] = fma(g, centred, sum_gx[k]);
+    });
+  }
+  *tile.sum_g = double(sum(sum_g[0] + sum_g[1]));
+  *tile.sum_gx = double(sum(sum_gx[0] + sum_gx[1]));
+}
+
+template <typename T, Gate kGate>
+void bwd_reduce_rows(const BwdReduceTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const Gated<T, kGate, true> gated(tile.affine);
+  const int64_t n_channels = tile.runs.length, block = rows_a_block(n_channels);
+  for (int64_t c = 0; c < n_channels; ++c) tile.sum_g[c] = tile.sum_gx[c] = 0;
+  for (int64_t row = 0; row < tile.runs.count; row += block) {
+    const int64_t rows = row + block < tile.runs.count ? block : tile.runs.count - row;
+    const T* dout = static_cast<const T*>(tile.dout) + row * n_channels;
+    const T* x = static_cast<const T*>(tile.x) + row * n_channels;
+    const uint8_t* mask = kGate == Gate::kMask ? tile.mask + row * tile.runs.mask_stride : nullptr;
+    for_each_column<P::kLanes>(n_channels, [&](int64_t c, auto packs, auto... n) {
+      constexpr int kPacks = packs;
+      constexpr int kLanes = kPacks * P::kLanes;
+      P sum_g[kPacks] = {}, sum_gx[kPacks] = {};
+      for (int64_t r = 0; r < rows; ++r)
+        for (int k = 0; k < kPacks; ++k) {
+          const int64_t i = c + k * P::kLanes;
+          const P centred = load(x + r * n_channels + i, n...) - gated.mean.at(i, n...);
+          const P g = gated(load(dout + r * n_channels + i, n...), centred,
+                            mask + r * tile.runs.mask_stride, i, n...);
+          sum_g[k] = sum_g[k] + g;
+          sum_gx[k] = fma(g, centred, sum_gx[k]);
+        }
+      S lanes[2][kLanes];
+      std::memcpy(lanes[0], sum_g, sizeof(sum_g));
+      std::memcpy(lanes[1], sum_gx, sizeof(sum_gx));
+      int valid = kLanes;
+      ((valid = n), ...);
+      for (int l = 0; l < valid; ++l) {
+        tile.sum_g[c + l] += lanes[0][l];
+        tile.sum_gx[c + l] += lanes[1][l];
+      }
+    });
+  }
+}
+
+// Run-time flags to template arguments -------------------------------------------------------------
+
+template <typename Body>
+inline void with_flag(bool flag, Body body) {
+  if (flag) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
+  }
+}
+
+template <typename Body>
+inline void with_gate(Gate gate, Body body) {
+  switch (gate) {
+    case Gate::kNone:
+      return body(std::integral_constant<Gate, Gate::kNone>());
+    case Gate::kMask:
+      return body(std::integral_constant<Gate, Gate::kMask>());
+    case Gate::kRecompute:
+      return body(std::integral_constant<Gate, Gate::kRecompute>());
+  }
+}
+
+template <typename T>
+void stats(const StatsTile& tile) {
+  tile.runs.per_lane ? stats_rows<T>(tile) : stats_planes<T>(tile);
+}
+
+template <typename T>
+void apply(const ApplyTile& tile) {
+  with_flag(tile.runs.per_lane, [&](auto per_lane) {
+    with_flag(tile.affine.mean != nullptr, [&](auto norm) {
+      with_flag(tile.residual != nullptr, [&](auto residual) {
+        with_flag(tile.relu, [&](auto relu) {
+          apply_runs<T, per_lane, norm, residual, relu>(tile);
+        });
+      });
+    });
+  });
+}
+
+template <typename T>
+void bwd_reduce(const BwdReduceTile& tile) {
+  with_gate(tile.gate, [&](auto gate) {
+    tile.runs.per_lane ? bwd_reduce_rows<T, gate>(tile) : bwd_reduce_planes<T, gate>(tile);
+  });
+}
+
+template <typename T>
+void bwd_apply(const BwdApplyTile& tile) {
+  with_flag(tile.runs.per_lane, [&](auto per_lane) {
+    with_flag(tile.k2 != nullptr, [&](auto training) {
+      with_gate(tile.gate,
+                [&](auto gate) { bwd_apply_runs<T, per_lane, gate, training>(tile); });
+    });
+  });
+}
+
+template <typename T>
+constexpr Kernels kernels_of() {
+  return {stats<T>, apply<T>, bwd_reduce<T>, bwd_apply<T>};
+}
+
+extern const Kernels kKernels[kDtypes] = {
+    kernels_of<double>(), kernels_of<float>(), kernels_of<BFloat16>(), kernels_of<Float16>()};
+
+}  // namespace fusedskip::cpu::FUSEDSKIP_ISA
