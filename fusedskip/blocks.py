@@ -1,0 +1,263 @@
+"""Residual blocks with fused tails, to import in place of the eager ones.
+
+A block holds plain `torch.nn` children under the usual names, so checkpoints, optimizers and
+`convert_sync_batchnorm` see what they know. Its forward hands each tail to
+`fusedskip.modules.norm_add_act`, which fuses what is fusible and runs the rest as it stands.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fusedskip.modules import norm_add_act
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def _conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
+
+
+def _conv3x3(
+    in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_planes, out_planes, kernel_size=3, stride=stride,
+        padding=dilation, groups=groups, dilation=dilation, bias=False,
+    )  # fmt: skip
+
+
+class BasicBlock(nn.Module):
+    """The block of ResNet-18 and -34: two 3x3 convolutions (He et al., 2015, arXiv:1512.03385).
+
+    Constructor, defaults and parameter names are those of `torchvision.models.resnet.BasicBlock`.
+
+    Args:
+        inplanes, planes: channels of the input and of the output.
+        stride: of the first convolution.
+        downsample: applied to the input where the block changes its shape.
+        groups, base_width, dilation: 1, 64 and 1; taken so that blocks are interchangeable.
+        norm_layer: called with a number of channels; `nn.BatchNorm2d` is what gets fused.
+
+    Raises:
+        ValueError: another `groups` or `base_width`; in forward, a residual of another shape.
+        NotImplementedError: a `dilation` above 1.
+    """
+
+    expansion: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                f"BasicBlock: expected groups=1 and base_width=64, got {groups} and {base_width}"
+            )
+        if dilation > 1:
+            raise NotImplementedError(f"BasicBlock: expected dilation=1, got {dilation}")
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.conv1 = _conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = norm_add_act(self.bn1, self.relu, self.conv1(x))
+        return norm_add_act(self.bn2, self.relu, self.conv2(out), identity)
+
+
+class Bottleneck(nn.Module):
+    """The block of ResNet-50 and up: 1x1, 3x3 and 1x1 convolutions, the stride in the 3x3 one (v1.5).
+
+    Constructor, defaults and parameter names are those of `torchvision.models.resnet.Bottleneck`.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the block's inside at `base_width` 64; the output has `4 * planes`.
+        stride, groups, dilation: of the 3x3 convolution.
+        downsample: applied to the input where the block changes its shape.
+        base_width: width of a group, in 64ths of `planes`.
+        norm_layer: called with a number of channels; `nn.BatchNorm2d` is what gets fused.
+
+    Raises:
+        ValueError: in forward, a residual of another shape.
+    """
+
+    expansion: ClassVar[int] = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = planes * base_width // 64 * groups
+        self.conv1 = _conv1x1(inplanes, width)
+        self.bn1 = norm_layer(width)
+        self.conv2 = _conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = _conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        out = norm_add_act(self.bn1, self.relu, self.conv1(x))
+        out = norm_add_act(self.bn2, self.relu, self.conv2(out))
+        return norm_add_act(self.bn3, self.relu, self.conv3(out), identity)
+
+
+class ResidualBlock(nn.Module):
+    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`, 3x3 convolutions with bias, padded by 1.
+
+    Args:
+        in_channels, out_channels: where they differ, `shortcut` is a 1x1 convolution, else identity.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = (
+            nn.Identity()
+            if in_channels == out_channels
+            else nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = norm_add_act(self.bn1, self.relu, self.conv1(x))
+        return norm_add_act(self.bn2, self.relu, self.conv2(out), self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """A residual network for `(N, 3, H, W)` images, built from `BasicBlock` or `Bottleneck`.
+
+    Arguments, parameter names and initialisation are those of `torchvision.models.ResNet`.
+
+    Args:
+        block: the class of block.
+        layers: blocks in each of the four stages.
+        num_classes: width of the final linear layer.
+        zero_init_residual: start the last norm of every block at 0 (Goyal et al., 2017,
+            arXiv:1706.02677).
+        groups, width_per_group: of the 3x3 convolutions.
+        replace_stride_with_dilation: for each of the last three stages, dilate instead of striding.
+        norm_layer: called with a number of channels.
+    """
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: NormLayer | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        dilate = replace_stride_with_dilation or (False, False, False)
+        if len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation: expected 3 elements, got {dilate}")
+        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = norm_layer(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+
+        inplanes, dilation = 64, 1
+
+        def stage(planes: int, n_blocks: int, stride: int = 1, dilate: bool = False) -> nn.Module:
+            nonlocal inplanes, dilation
+            first_dilation = dilation
+            if dilate:
+                dilation, stride = dilation * stride, 1
+            width = planes * block.expansion
+            downsample = None
+            if stride != 1 or inplanes != width:
+                downsample = nn.Sequential(_conv1x1(inplanes, width, stride), norm_layer(width))
+            first = block(
+                inplanes, planes, stride, downsample,
+                groups, width_per_group, first_dilation, norm_layer,
+            )  # fmt: skip
+            inplanes = width
+            rest = (
+                block(width, planes, 1, None, groups, width_per_group, dilation, norm_layer)
+                for _ in range(1, n_blocks)
+            )
+            return nn.Sequential(first, *rest)
+
+        self.layer1 = stage(64, layers[0])
+        self.layer2 = stage(128, layers[1], 2, dilate[0])
+        self.layer3 = stage(256, layers[2], 2, dilate[1])
+        self.layer4 = stage(512, layers[3], 2, dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(inplanes, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                last = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+                if isinstance(last.weight, Tensor):
+                    nn.init.zeros_(last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(norm_add_act(self.bn1, self.relu, self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
+
+
+def resnet18(**kwargs: object) -> ResNet:
+    """ResNet-18; keyword arguments go to `ResNet`."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), **kwargs)  # type: ignore[arg-type]
+
+
+def resnet34(**kwargs: object) -> ResNet:
+    """ResNet-34; keyword arguments go to `ResNet`."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), **kwargs)  # type: ignore[arg-type]
+
+
+def resnet50(**kwargs: object) -> ResNet:
+    """ResNet-50; keyword arguments go to `ResNet`."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), **kwargs)  # type: ignore[arg-type]
+
+
+def resnet101(**kwargs: object) -> ResNet:
+    """ResNet-101; keyword arguments go to `ResNet`."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), **kwargs)  # type: ignore[arg-type]
+
+
+def resnet152(**kwargs: object) -> ResNet:
+    """ResNet-152; keyword arguments go to `ResNet`."""
+    return ResNet(Bottleneck, (3, 8, 36, 3), **kwargs)  # type: ignore[arg-type]
