@@ -1,0 +1,124 @@
+"""Which backend a call runs on, and what is said when it cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fusedskip
+from fusedskip import backends
+
+from .support import make_problem, run
+
+
+def python(code, **environment):
+    """Run code in a fresh interpreter; its combined output."""
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return process.stdout + process.stderr
+
+
+def test_available_backends_are_ordered_and_end_in_eager():
+    available = fusedskip.available_backends()
+    assert available[-1] == "eager"
+    assert list(available) == [name for name in backends.NAMES if name in available]
+    assert "cpu" in available
+
+
+def test_auto_takes_the_compiled_kernels():
+    assert backends.select(torch.ones(1)) == "cpu"
+
+
+def test_use_backend_nests_and_restores():
+    x = torch.ones(1)
+    with fusedskip.use_backend("eager"):
+        assert backends.select(x) == "eager"
+        with fusedskip.use_backend("auto"):
+            assert backends.select(x) == "cpu"
+        with pytest.raises(KeyError), fusedskip.use_backend("cpu"):
+            raise KeyError
+        assert backends.select(x) == "eager"
+    assert backends.select(x) == "cpu"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
+        fusedskip.use_backend("cudnn").__enter__()
+
+
+def test_backend_that_cannot_take_the_tensor():
+    with fusedskip.use_backend("cuda"), pytest.raises(RuntimeError, match="takes cuda tensors"):
+        fusedskip.add_relu(torch.ones(2), torch.ones(2))
+
+
+def test_backward_stays_on_the_backend_of_its_forward(monkeypatch):
+    problem = make_problem("batch_norm_add_relu", (2, 3, 4, 5))
+    x = problem.x.clone().requires_grad_()
+    with fusedskip.use_backend("cpu"):
+        out = fusedskip.add_relu(x, problem.residual)
+    with fusedskip.use_backend("eager"):
+        out.sum().backward()
+    assert torch.equal(x.grad, (out > 0).float())
+
+
+def test_backends_agree():
+    problem = make_problem("batch_norm_add_relu", (3, 9, 4, 5), torch.float64, "channels_last")
+    results = []
+    for name in ("cpu", "eager"):
+        with fusedskip.use_backend(name):
+            results.append(run(problem))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_environment_chooses():
+    code = "import torch, fusedskip.backends as b; print(b.select(torch.ones(1)))"
+    assert python(code, FUSEDSKIP_BACKEND="eager").strip() == "eager"
+    assert "backend: expected 'auto'" in python(code, FUSEDSKIP_BACKEND="fast")
+
+
+def test_triton_needs_a_gpu_or_the_interpreter():
+    code = (
+        "import torch, fusedskip\n"
+        "with fusedskip.use_backend('triton'): fusedskip.add_relu(torch.ones(2), torch.ones(2))"
+    )
+    assert "under TRITON_INTERPRET=1" in python(code, TRITON_INTERPRET="0")
+
+
+def test_without_the_extension_eager_serves_and_says_so_once():
+    code = (
+        "import sys; sys.modules['fusedskip._C'] = None\n"
+        "import torch, fusedskip\n"
+        "print(fusedskip.available_backends())\n"
+        "for _ in range(2): print(fusedskip.add_relu(torch.ones(2), torch.ones(2)).tolist())"
+    )
+    output = python(code, TRITON_INTERPRET="0")
+    assert "('eager',)" in output
+    assert output.count("[2.0, 2.0]") == 2
+    assert output.count("fusedskip runs eagerly on cpu tensors") == 1
+    assert "the extension fusedskip._C did not load" in output
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_instruction_set(capability):
+    """The kernels of lesser processors, over the whole of the functional tests."""
+    code = "from fusedskip import _C; print(_C.cpu_instruction_set())"
+    chosen = python(code, ATEN_CPU_CAPABILITY=capability).strip()
+    expected = {"default": "baseline"}.get(capability, capability)
+    if chosen != expected:
+        pytest.skip(f"this processor has no {capability}: it runs {chosen}")
+    process = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cpu",
+            os.path.join(os.path.dirname(__file__), "test_functional.py"),
+        ],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stdout[-3000:]

@@ -1,0 +1,159 @@
+"""Bad input: the text of every error, and that nothing was updated before it."""
+
+import re
+
+import pytest
+import torch
+
+import fusedskip
+
+from .support import FUNCTIONS, call, make_problem
+
+NORM_FUNCTIONS = FUNCTIONS[1:]
+SHAPE = (2, 3, 4, 5)
+
+
+def assert_refused(problem, error, text, **replaced):
+    """The call raises with this text; running buffers are as they were."""
+    buffers = problem.buffers()
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    with pytest.raises(error, match=re.escape(text)):
+        call(problem, **{**problem.leaves(), **buffers, **replaced})
+    assert all(torch.equal(buffers[name], before[name]) for name in buffers)
+
+
+@pytest.fixture(params=["cpu", "triton", "eager"])
+def anywhere(request):
+    """The checks stand before the backends; eager refuses what the kernels refuse."""
+    with fusedskip.use_backend(request.param):
+        yield
+
+
+pytestmark = pytest.mark.usefixtures("anywhere")
+
+
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "batch_norm_relu"])
+def test_residual(function):
+    problem = make_problem(function, SHAPE)
+    for shape in ((2, 3, 4, 1), (1, 3, 4, 5), (3, 4, 5), (2, 3, 5, 4)):
+        assert_refused(
+            problem,
+            ValueError,
+            f"residual: expected shape (2, 3, 4, 5) like x, got {shape}",
+            residual=torch.ones(shape),
+        )
+    assert_refused(
+        problem,
+        TypeError,
+        "residual: expected dtype torch.float32 like x, got torch.float64",
+        residual=torch.ones(SHAPE).double(),
+    )
+    assert_refused(
+        problem,
+        ValueError,
+        "residual: expected device cpu like x, got meta",
+        residual=torch.ones(SHAPE, device="meta"),
+    )
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_dtype_of_x(function, dtype):
+    assert_refused(
+        make_problem(function, SHAPE),
+        TypeError,
+        f"x: expected dtype float64, float32, bfloat16 or float16, got {dtype}",
+        x=torch.ones(SHAPE).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_sparse_x(function):
+    assert_refused(
+        make_problem(function, SHAPE),
+        TypeError,
+        "x: expected a strided tensor, got layout torch.sparse_coo",
+        x=torch.ones(SHAPE).to_sparse(),
+    )
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_too_few_dimensions(function, shape):
+    x = torch.ones(shape)
+    replaced = {"x": x} | ({"residual": x} if function != "batch_norm_relu" else {})
+    text = f"x: expected at least 2 dimensions (N, C, *), got shape {shape}"
+    assert_refused(make_problem(function, SHAPE), ValueError, text, **replaced)
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_channel_vectors(function, name):
+    problem = make_problem(function, SHAPE)
+    for shape in ((4,), (1,), (1, 3), ()):
+        assert_refused(
+            problem,
+            ValueError,
+            f"{name}: expected shape (3,) for x of shape (2, 3, 4, 5), got {shape}",
+            **{name: torch.ones(shape)},
+        )
+    assert_refused(
+        problem,
+        TypeError,
+        f"{name}: expected dtype torch.float32 for x of torch.float32, got torch.float64",
+        **{name: torch.ones(3).double()},
+    )
+    assert_refused(
+        problem,
+        ValueError,
+        f"{name}: expected device cpu like x, got meta",
+        **{name: torch.ones(3, device="meta")},
+    )
+    assert_refused(
+        make_problem(function, SHAPE, torch.bfloat16),
+        TypeError,
+        f"{name}: expected dtype torch.bfloat16 or torch.float32 for x of torch.bfloat16, "
+        "got torch.float16",
+        **{name: torch.ones(3).half()},
+    )
+
+
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_running_statistics(function):
+    for training in (True, False):
+        problem = make_problem(function, SHAPE, training=training)
+        text = "running_mean, running_var: expected both or neither"
+        assert_refused(problem, ValueError, text, running_mean=None)
+        assert_refused(problem, ValueError, text, running_var=None)
+    assert_refused(
+        make_problem(function, SHAPE, training=False),
+        ValueError,
+        "running_mean, running_var: expected tensors when not training",
+        running_mean=None,
+        running_var=None,
+    )
+
+
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_eps(function):
+    for eps in (0.0, -1e-5):
+        assert_refused(
+            make_problem(function, SHAPE, eps=eps),
+            ValueError,
+            f"eps: expected a positive number when training, got {eps}",
+        )
+    assert_refused(
+        make_problem(function, SHAPE, training=False, eps=-1.0),
+        ValueError,
+        "eps: expected a number not below 0, got -1.0",
+    )
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_one_value_per_channel(function, shape):
+    assert_refused(
+        make_problem(function, shape),
+        ValueError,
+        f"Expected more than 1 value per channel when training, got input size {shape}",
+    )

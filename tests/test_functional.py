@@ -1,0 +1,183 @@
+"""Values and gradients of the public functions against fp64, on every backend."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fusedskip
+
+from .support import (
+    DTYPES,
+    FUNCTIONS,
+    LAYOUTS,
+    SHAPES,
+    assert_as_good_as_eager,
+    call,
+    lay_out,
+    make_problem,
+    run,
+)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_forward_and_backward(backend, device, function, dtype, layout, training):
+    for shape in SHAPES:
+        problem = make_problem(function, shape, dtype, layout, device, training)
+        if training and problem.x.numel() == shape[1]:
+            continue
+        assert_as_good_as_eager(problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_many_tiles(backend, device, function, layout):
+    """Shapes that are cut into several tiles, with a rest, in every direction the kernels cut."""
+    shapes = ((5, 3, 97, 101), (70, 11, 5, 5)) if backend == "triton" else (
+        (40, 3, 97, 101), (3, 2, 150, 151), (700, 11, 5, 5), (9, 200, 29, 31), (70000, 3),
+    )  # fmt: skip
+    for shape in shapes:
+        assert_as_good_as_eager(make_problem(function, shape, torch.float32, layout, device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS[1:])
+def test_low_precision_parameters(backend, device, function, dtype, layout):
+    problem = make_problem(function, (6, 13, 5, 3), dtype, layout, device, param_dtype=dtype)
+    assert_as_good_as_eager(problem)
+    assert_as_good_as_eager(
+        make_problem(
+            function, (6, 13, 5, 3), dtype, layout, device, training=False, param_dtype=dtype
+        )
+    )
+
+
+@pytest.mark.parametrize("affine", ["none", "weight", "bias"])
+@pytest.mark.parametrize("function", FUNCTIONS[1:])
+def test_absent_parameters(backend, device, function, affine):
+    for layout, training in itertools.product(LAYOUTS, (True, False)):
+        problem = make_problem(
+            function, (4, 6, 3, 5), torch.float64, layout, device, training, affine=affine != "none"
+        )
+        if affine != "none":
+            problem = replace(problem, **{"bias" if affine == "weight" else "weight": None})
+        assert_as_good_as_eager(problem)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_mean_far_above_std(backend, device, function):
+    """x = 1000 + randn: variance, output and gradients no further from fp64 than eager's."""
+    for layout in LAYOUTS:
+        problem = make_problem(function, (8, 12, 9, 11), torch.float32, layout, device)
+        problem.x.add_(1000)
+        assert_as_good_as_eager(problem)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_variance_with_mean_far_above_std(backend, device, layout):
+    """momentum = 1 shows the batch variance itself; one ulp is what storing it costs."""
+    problem = make_problem(
+        "batch_norm_relu", (16, 12, 14, 15), torch.float32, layout, device, momentum=1.0
+    )
+    problem.x.add_(1000)
+    want = problem.x.double().transpose(0, 1).flatten(1).var(1)
+    got = run(problem)["running_var"]
+    with fusedskip.use_backend("eager"):
+        eager = run(problem)["running_var"]
+    ulp = torch.finfo(torch.float32).eps * want.max()
+    assert (got - want).abs().max() <= (eager - want).abs().max() + ulp
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_outlier_does_not_spoil_the_variance(backend, device, layout):
+    """The first element, which a shifted single pass would take for its pivot, is far out."""
+    problem = make_problem(
+        "batch_norm_relu", (16, 5, 14, 15), torch.float32, layout, device, momentum=1.0
+    )
+    problem.x[0, :, 0, 0] = 1e5
+    want = problem.x.double().transpose(0, 1).flatten(1).var(1)
+    got = run(problem)["running_var"]
+    # Rounding of a sum of n terms grows as sqrt(n); a bad pivot would cost n times an ulp.
+    rtol = torch.finfo(torch.float32).eps * (problem.x.numel() / 5) ** 0.5
+    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add", "batch_norm_add_relu"])
+def test_residual_that_is_x(backend, device, function):
+    for training in (True, False):
+        problem = make_problem(
+            function, (4, 5, 3, 3), torch.float64, device=device, training=training
+        )
+        results = []
+        for name in (backend, "eager"):
+            leaves = problem.leaves()
+            leaves["residual"] = leaves["x"]
+            with fusedskip.use_backend(name):
+                out = call(problem, **leaves, **problem.buffers())
+            out.backward(problem.dout)
+            results.append((out.detach(), leaves["x"].grad))
+        torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["x", "residual", "weight", "bias"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_one_gradient_alone(backend, device, function, wanted):
+    """What is asked for is right, whatever else is not asked for; the rest stays None."""
+    for layout, training in itertools.product(LAYOUTS, (True, False)):
+        problem = make_problem(function, (4, 7, 3, 5), torch.float64, layout, device, training)
+        leaves = problem.leaves()
+        if wanted not in leaves:
+            continue
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name == wanted)
+        out = call(problem, **leaves, **problem.buffers())
+        out.backward(problem.dout)
+        everything = run(problem)
+        assert torch.equal(out, everything["out"])
+        assert torch.equal(leaves[wanted].grad, everything[f"d{wanted}"])
+        assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_no_graph_without_gradients(backend, device, function, guard):
+    problem = make_problem(function, (4, 7, 3, 5), torch.float32, "channels_last", device)
+    with guard():
+        out = call(problem, **problem.leaves(), **problem.buffers())
+    assert not out.requires_grad
+    assert torch.equal(out, run(problem)["out"])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_is_kept_for_backward(backend, device, function):
+    """x, C-sized vectors and one bit an element: never a second activation."""
+    problem = make_problem(function, (4, 16, 6, 8), torch.float32, "channels_last", device)
+    kept = []
+    leaves = problem.leaves()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        call(problem, **leaves, **problem.buffers())
+    masks = [t for t in kept if t.dtype == torch.uint8]
+    activations = [t for t in kept if t.shape == problem.x.shape]
+    vectors = [t for t in kept if t.shape == problem.x.shape[1:2]]
+    assert len(masks) + len(activations) + len(vectors) == len(kept)
+    assert [t.data_ptr() for t in activations] == [leaves["x"].data_ptr()] * problem.has_norm
+    has_mask = function in ("add_relu", "batch_norm_add_relu")
+    assert sum(t.nbytes for t in masks) == (problem.x.numel() // 8 if has_mask else 0)
+
+
+def test_same_layout_out_as_in(backend, device):
+    for shape in ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)):
+        for layout in LAYOUTS:
+            x = lay_out(torch.randn(shape, device=device), layout)
+            residual = lay_out(torch.randn(shape, device=device), layout)
+            for out in (
+                fusedskip.add_relu(x, residual),
+                fusedskip.batch_norm_relu(x, None, None, training=True),
+                fusedskip.batch_norm_add_relu(x, residual, None, None, training=True),
+            ):
+                assert out.stride() == x.stride()

@@ -1,0 +1,142 @@
+"""The raw operators: torch's checks of schema, fakes and strides, and the format of the mask."""
+
+import itertools
+
+import pytest
+import torch
+
+from fusedskip import backends, ops
+
+from .support import LAYOUTS, lay_out
+
+SHAPES = ((4, 3), (3, 9, 5), (2, 3, 5, 7), (2, 16, 1, 1), (3, 1, 4, 4), (2, 3, 2, 3, 4))
+
+
+def activation(shape, layout, device, dtype=torch.float32):
+    return lay_out(torch.randn(shape, dtype=dtype, device=device), layout)
+
+
+def batch_norm_arguments(shape, layout, device, residual, training, dtype=torch.float32):
+    vectors = [torch.rand(shape[1], device=device) + 0.5 for _ in range(4)]
+    return (
+        activation(shape, layout, device, dtype),
+        activation(shape, layout, device, dtype) if residual else None,
+        *vectors, training, 0.1, 1e-5, True, residual,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_add_relu(backend, device, layout):
+    kernels = backends.KERNELS[backend]
+    for shape, save_mask in itertools.product(SHAPES, (True, False)):
+        x, residual = (activation(shape, layout, device) for _ in range(2))
+        torch.library.opcheck(kernels.add_relu, (x, residual, save_mask))
+        _, mask = kernels.add_relu(x, residual, True)
+        torch.library.opcheck(kernels.add_relu_backward, (x, mask))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_opcheck_batch_norm(backend, device, layout, training):
+    kernels = backends.KERNELS[backend]
+    for shape, residual in itertools.product(SHAPES, (True, False)):
+        arguments = batch_norm_arguments(shape, layout, device, residual, training)
+        torch.library.opcheck(kernels.batch_norm, arguments)
+        x, _, weight, bias, *_ = arguments
+        _, mask, mean, rstd = kernels.batch_norm(*arguments)
+        for needs in ((True, residual, True), (False, False, True), (True, False, False)):
+            torch.library.opcheck(
+                kernels.batch_norm_backward,
+                (
+                    torch.randn_like(x), x, mask if residual else None, weight, bias, mean, rstd,
+                    training, True, *needs,
+                ),
+            )  # fmt: skip
+
+
+def unpack(mask, row_length):
+    """The bits of a mask as a bool tensor (rows, row_length), and those of its padding."""
+    bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    bits = bits.flatten(1).bool()
+    return bits[:, :row_length], bits[:, row_length:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mask(backend, device, layout, dtype):
+    """One bit an element in memory order, rows padded with zeros to whole bytes."""
+    for shape in SHAPES:
+        arguments = batch_norm_arguments(shape, layout, device, True, True, dtype)
+        if dtype == torch.float64:
+            vectors = [v if v is None else v.double() for v in arguments[2:6]]
+            arguments = (*arguments[:2], *vectors, *arguments[6:])
+        x = arguments[0]
+        out, mask, _, _ = backends.KERNELS[backend].batch_norm(*arguments)
+        view = ops.memory_view(x)
+        assert tuple(mask.shape) == ops.mask_shape(view)
+        in_memory_order = out if view[2] > 1 or x.dim() == 2 else out.movedim(1, -1)
+        row_length = view[2] if view[2] > 1 else view[1]
+        bits, padding = unpack(mask, row_length)
+        assert torch.equal(bits.flatten(), in_memory_order.contiguous().flatten() > 0)
+        assert not padding.any()
+        assert mask.dtype == torch.uint8
+
+
+def test_nothing_is_computed_that_was_not_asked_for(backend, device):
+    kernels = backends.KERNELS[backend]
+    arguments = batch_norm_arguments((2, 3, 4, 5), "contiguous", device, True, True)
+    x, residual, weight, bias, *_ = arguments
+    assert kernels.add_relu(x, residual, False)[1].shape == (0,)
+    assert kernels.batch_norm(*arguments[:-1], False)[1].shape == (0,)
+    _, mask, mean, rstd = kernels.batch_norm(*arguments)
+    results = kernels.batch_norm_backward(
+        x, x, mask, weight, bias, mean, rstd, True, True, False, False, False
+    )
+    assert all(result.shape == (0,) for result in results)
+
+
+def test_statistics_are_what_they_are_called(backend, device):
+    arguments = batch_norm_arguments((5, 3, 4, 5), "channels_last", device, True, True)
+    x = arguments[0]
+    _, _, mean, rstd = backends.KERNELS[backend].batch_norm(*arguments)
+    rows = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), rows.mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        rstd.double(), (rows.var(1, correction=0) + 1e-5).rsqrt(), rtol=1e-6, atol=1e-6
+    )
+
+
+class TestCompiledOperatorsGuardMemory:
+    """What goes around fusedskip.functional meets an error, not another tensor's memory."""
+
+    kernels = backends.KERNELS["cpu"]
+    x = torch.randn(2, 3, 4, 5)
+
+    def batch_norm(self, x=x, **replaced):
+        arguments = {
+            "residual": None, "weight": None, "bias": None,
+            "running_mean": None, "running_var": None, **replaced,
+        }  # fmt: skip
+        return self.kernels.batch_norm(x, *arguments.values(), True, 0.1, 1e-5, True, False)
+
+    @pytest.mark.parametrize(
+        "residual", [x[:1], x.double(), x.to(memory_format=torch.channels_last), x[..., 0]]
+    )
+    def test_residual(self, residual):
+        with pytest.raises(RuntimeError, match="residual: expected"):
+            self.batch_norm(residual=residual)
+        with pytest.raises(RuntimeError, match="residual: expected"):
+            self.kernels.add_relu(self.x, residual, False)
+
+    @pytest.mark.parametrize("vector", [torch.ones(2), torch.ones(3, 2)[:, 0], torch.ones(1, 3)])
+    def test_channel_vectors(self, vector):
+        with pytest.raises(RuntimeError, match="weight: expected"):
+            self.batch_norm(weight=vector)
+
+    def test_strided_x(self):
+        with pytest.raises(RuntimeError, match="x: expected a dense"):
+            self.batch_norm(x=self.x[:, :2])
+
+    def test_mask(self):
+        with pytest.raises(RuntimeError, match="mask:"):
+            self.kernels.add_relu_backward(self.x, torch.zeros(1, 3, dtype=torch.uint8))

@@ -1,0 +1,62 @@
+"""Any shape, layout, dtype and set of arguments that hypothesis thinks of, against fp64."""
+
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import fusedskip
+
+from .support import DTYPES, FUNCTIONS, assert_as_good_as_eager, device_of, make_problem
+
+
+@st.composite
+def problems(draw, device):
+    """Problems whose activations are views: permuted, sliced with steps, or plain."""
+    training = draw(st.booleans())
+    spatial = draw(st.lists(st.integers(1, 9), min_size=0, max_size=3))
+    shape = (draw(st.integers(1, 6)), draw(st.integers(1, 40)), *spatial)
+    if training and shape[0] * torch.Size(spatial).numel() < 3:
+        shape = (3, *shape[1:])  # two values a channel leave a gradient of nothing but rounding
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    problem = make_problem(
+        draw(st.sampled_from(FUNCTIONS)),
+        shape,
+        draw(st.sampled_from(DTYPES)),
+        draw(st.sampled_from(["contiguous", "channels_last"])),
+        device,
+        training,
+        affine=draw(st.booleans()),
+    )
+
+    def view(tensor):
+        if tensor is None:
+            return None
+        order = draw(st.permutations(range(tensor.dim())))
+        steps = [draw(st.sampled_from([1, 1, 2])) for _ in shape]
+        roomy = tensor.new_zeros([shape[d] * steps[d] for d in order])
+        sliced = roomy[tuple(slice(None, None, steps[d]) for d in order)]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return sliced.permute(back).copy_(tensor)
+
+    if draw(st.booleans()):
+        for name in ("x", "residual", "dout"):
+            object.__setattr__(problem, name, view(getattr(problem, name)))
+    return problem
+
+
+def check(backend, data):
+    with fusedskip.use_backend(backend):
+        assert_as_good_as_eager(data.draw(problems(device_of(backend))))
+
+
+@hypothesis_settings(max_examples=200)
+@given(st.data())
+def test_cpu(data):
+    check("cpu", data)
+
+
+@hypothesis_settings(max_examples=40)
+@given(st.data())
+def test_triton(data):
+    check("triton", data)

@@ -1,0 +1,265 @@
+"""What eager has and a fused form must keep: NaN and Inf, zeros, statistics, calls out of order."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusedskip
+
+from .support import DTYPES, FUNCTIONS, LAYOUTS, call, lay_out, make_problem, run
+
+RELU_FUNCTIONS = [f for f in FUNCTIONS if f != "batch_norm_add"]
+NORM_FUNCTIONS = FUNCTIONS[1:]
+SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0)
+
+
+def eagerly(problem):
+    with fusedskip.use_backend("eager"):
+        return run(problem)
+
+
+def assert_same(ours, eager, names=None, **tolerance):
+    for name in names or ours:
+        torch.testing.assert_close(ours[name], eager[name], equal_nan=True, msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_relu_of_special_values(backend, device, dtype, layout):
+    """Every pair of special values, forward and backward, bit for bit as torch."""
+    pairs = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=dtype, device=device)
+    problem = make_problem("add_relu", (7, 7, 5, 3), dtype, layout, device)
+    problem.x.copy_(pairs[:, 0].view(7, 7, 1, 1).expand(7, 7, 5, 3))
+    problem.residual.copy_(pairs[:, 1].view(7, 7, 1, 1).expand(7, 7, 5, 3))
+    assert_same(run(problem), eagerly(problem), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", RELU_FUNCTIONS)
+def test_special_gradients_stop_at_a_closed_gate(backend, device, function, dtype, layout):
+    """NaN and Inf in dout reach dx and dresidual where the gate is open, and nothing where not."""
+    problem = make_problem(function, (3, 4, 5, 7), dtype, layout, device, training=False)
+    problem.dout.fill_(float("nan"))
+    problem.dout[0] = float("inf")
+    ours, eager = run(problem), eagerly(problem)
+    closed = ours["out"] == 0
+    assert closed.any()
+    assert not closed.all()
+    for name in ("dx", "dresidual"):
+        if name in ours:
+            assert torch.all(ours[name][closed] == 0)
+            assert not torch.isfinite(ours[name][~closed]).any()
+    assert torch.equal(closed, eager["out"] == 0)
+    assert_same(ours, eager, [n for n in ("dx", "dresidual") if n in ours])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_special_input_to_batch_norm(backend, device, function, value, training):
+    """One bad element spoils what it spoils in torch: its channel and its running statistics."""
+    for layout in LAYOUTS:
+        problem = make_problem(function, (3, 5, 9, 7), torch.float32, layout, device, training)
+        problem.x[1, 2, 3, 4] = value
+        assert_same(run(problem), eagerly(problem), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", RELU_FUNCTIONS)
+def test_no_gradient_at_exactly_zero(backend, device, function):
+    """Constant channels: x is its mean, so that without a bias the output is exactly 0."""
+    for layout in LAYOUTS:
+        problem = make_problem(
+            function, (2, 4, 3, 3), torch.float32, layout, device, training=False, affine=False
+        )
+        if problem.has_norm:
+            problem.running_mean.fill_(0.5)
+            problem.x.fill_(0.5)
+        else:
+            problem.x.zero_()
+        if problem.has_residual:
+            problem.residual.zero_()
+            problem.residual[0] = -0.0
+        results = run(problem)
+        assert torch.all(results["out"] == 0)
+        assert torch.all(results["dx"] == 0)
+        if problem.has_residual:
+            assert torch.all(results["dresidual"] == 0)
+
+
+@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu"])
+def test_gate_follows_the_stored_value(backend, device, function):
+    """In fp16 2**-26 is stored as 0: where the output shows 0, no gradient passes."""
+    for layout in LAYOUTS:
+        problem = make_problem(
+            function, (2, 16, 2, 2), torch.float16, layout, device, training=False, affine=False
+        )
+        tiny = torch.finfo(torch.float16).smallest_normal / 1024  # the least subnormal, 2**-24
+        problem.x.fill_(tiny)
+        problem.residual.zero_()
+        if problem.has_norm:
+            problem.running_mean.zero_()
+            # x is scaled by rstd = 1/4 and by 1: 2**-26 rounds to 0, 2**-24 does not.
+            problem.running_var.fill_(16)
+            problem.running_var[::2] = 1
+        results = run(problem)
+        assert torch.equal(results["dresidual"] == 0, results["out"] == 0)
+        assert torch.any(results["out"] != 0)
+        assert torch.any(results["out"] == 0) == problem.has_norm
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_empty_batch(backend, device, function):
+    for layout, training in itertools.product(LAYOUTS, (True, False)):
+        problem = make_problem(function, (0, 4, 3, 3), torch.float32, layout, device, training)
+        assert_same(run(problem), eagerly(problem), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_running_statistics(backend, device, function):
+    for momentum, layout in itertools.product((0.1, 0.0, 1.0, 0.25), LAYOUTS):
+        problem = make_problem(
+            function, (4, 5, 3, 3), torch.float64, layout, device, momentum=momentum
+        )
+        ours = run(problem)
+        x = problem.x.transpose(0, 1).flatten(1)
+        for name, batch in (("running_mean", x.mean(1)), ("running_var", x.var(1, correction=1))):
+            want = (1 - momentum) * getattr(problem, name) + momentum * batch
+            torch.testing.assert_close(ours[name], want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_eval_leaves_running_statistics_alone(backend, device, function):
+    problem = make_problem(function, (4, 5, 3, 3), device=device, training=False)
+    results = run(problem)
+    assert torch.equal(results["running_mean"], problem.running_mean)
+    assert torch.equal(results["running_var"], problem.running_var)
+
+
+@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_no_running_statistics(backend, device, function):
+    problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device)
+    want = run(problem)["out"]
+    assert torch.equal(call(problem, **problem.leaves()), want)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_second_forward_before_first_backward(backend, device, function, training):
+    """Statistics belong to the call: a forward in between, which moves the buffers, is no matter."""
+    problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device, training=training)
+    other = make_problem(function, (4, 5, 3, 3), torch.float64, device=device)
+    want = run(problem)
+    leaves, buffers = problem.leaves(), problem.buffers()
+    out = call(problem, **leaves, **buffers)
+    call(other, **other.leaves(), **buffers)
+    out.backward(problem.dout)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, want[f"d{name}"])
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_backward_twice(backend, device, function):
+    problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device)
+    leaves = problem.leaves()
+    out = call(problem, **leaves, **problem.buffers())
+    first = torch.autograd.grad(out, leaves.values(), problem.dout, retain_graph=True)
+    second = torch.autograd.grad(out, leaves.values(), problem.dout)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(out, leaves.values(), problem.dout)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_inputs_are_not_changed(backend, device, function):
+    problem = make_problem(function, (4, 5, 3, 3), device=device)
+    tensors = {n: t for n, t in vars(problem).items() if isinstance(t, torch.Tensor)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    run(problem)
+    assert all(torch.equal(tensors[name], before[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_double_backward_is_refused(backend, device, function):
+    """An error, until it is supported: a silent zero would be a wrong gradient."""
+    problem = make_problem(function, (2, 3, 2, 2), torch.float64, device=device)
+    leaves = problem.leaves()
+    out = call(problem, **leaves, **problem.buffers())
+    (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def strided_views(shape, dtype, device):
+    """Tensors of one shape laid out in every way that a user's network might."""
+    n, c, h, w = shape
+    yield lay_out(torch.randn(shape, dtype=dtype, device=device), "contiguous")
+    yield lay_out(torch.randn(shape, dtype=dtype, device=device), "channels_last")
+    yield torch.randn(n, c + 2, h, w, dtype=dtype, device=device)[:, 1:-1]
+    yield lay_out(torch.randn(n, c + 2, h, w, dtype=dtype, device=device), "channels_last")[:, 1:-1]
+    yield torch.randn(n, c, h, 2 * w, dtype=dtype, device=device)[..., ::2]
+    yield torch.randn(w, h, n, c, dtype=dtype, device=device).permute(2, 3, 1, 0)
+    yield torch.randn(1, c, 1, 1, dtype=dtype, device=device).expand(shape)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_mixed_and_strided_layouts(backend, device, function):
+    """x, residual and dout in any layout: the values and gradients are those of plain tensors."""
+    shape = (3, 5, 4, 6)
+    views = list(strided_views(shape, torch.float64, device))
+    problem = make_problem(function, shape, torch.float64, device=device)
+    for x, residual, dout in itertools.product(views, views[:4], views[1::2]):
+        tensors = {"x": x, "dout": dout}
+        if problem.has_residual:
+            tensors["residual"] = residual
+        for name, tensor in tensors.items():
+            getattr(problem, name).copy_(tensor)
+        want = run(problem)
+        leaves = problem.leaves()
+        for name in tensors.keys() & leaves.keys():
+            leaves[name] = tensors[name].detach().requires_grad_()
+        out = call(problem, **leaves, **problem.buffers())
+        torch.testing.assert_close(out, want["out"], rtol=1e-12, atol=1e-12)
+        gradients = torch.autograd.grad(out, leaves.values(), dout)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            torch.testing.assert_close(gradient, want[f"d{name}"], rtol=1e-10, atol=1e-10)
+
+
+def test_strided_output_follows_the_input(backend, device):
+    """A slice of a channels-last tensor gives a channels-last output, as F.batch_norm does."""
+    for x in strided_views((3, 5, 4, 6), torch.float32, device):
+        ours = fusedskip.batch_norm_relu(x, None, None, training=True)
+        eager = F.batch_norm(x, None, None, training=True)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            if eager.is_contiguous(memory_format=memory_format):
+                assert ours.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_two_runs_are_bitwise_equal(backend, device, function, layout):
+    shape = (6, 5, 9, 11) if backend == "triton" and device == "cpu" else (16, 40, 28, 29)
+    problem = make_problem(function, shape, torch.float32, layout, device)
+    first, second = run(problem), run(problem)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("shape", [(8, 40, 28, 29), (2, 2, 150, 151), (4001, 33)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_threads_do_not_change_a_bit(function, layout, shape):
+    """Including the point where there are more threads than channels."""
+    problem = make_problem(function, shape, torch.float32, layout)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with fusedskip.use_backend("cpu"):
+                results.append(run(problem))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(other[name], results[0][name]) for name in other)
