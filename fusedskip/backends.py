@@ -71,7 +71,7 @@ def _unavailable(name: str, device_type: str) -> str | None:
 
 
 def available_backends() -> tuple[str, ...]:
-    """The backends that work in this process, best first, e.g. `("cuda", "triton", "cpu", "eager")`."""
+    """The backends that work in this process, best first: `("cuda", "triton", "cpu", "eager")`."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return tuple(n for n in NAMES if any(_unavailable(n, device) is None for device in devices))
 
@@ -121,7 +121,7 @@ def _auto(device_type: str) -> str:
 
 
 # dynamo calls this while it traces and keeps the answer, instead of tracing into it.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _select(active: str, device_type: str) -> str:
     if active == "auto":
         return _auto(device_type)
@@ -132,4 +132,5 @@ def _select(active: str, device_type: str) -> str:
 
 def select(x: Tensor) -> str:
     """The name of the backend that a call on `x` runs on."""
-    return _select(_active, x.device.type)
+    name: str = _select(_active, x.device.type)
+    return name

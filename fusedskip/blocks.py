@@ -82,7 +82,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """The block of ResNet-50 and up: 1x1, 3x3 and 1x1 convolutions, the stride in the 3x3 one (v1.5).
+    """The block of ResNet-50 and up: 1x1, 3x3, 1x1 convolutions, the stride in the 3x3 one (v1.5).
 
     Constructor, defaults and parameter names are those of `torchvision.models.resnet.Bottleneck`.
 
@@ -132,10 +132,10 @@ class Bottleneck(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`, 3x3 convolutions with bias, padded by 1.
+    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`; 3x3 convolutions with bias and padding.
 
     Args:
-        in_channels, out_channels: where they differ, `shortcut` is a 1x1 convolution, else identity.
+        in_channels, out_channels: where they differ, `shortcut` is a 1x1 convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -235,7 +235,7 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(norm_add_act(self.bn1, self.relu, self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))  # type: ignore[no-any-return]
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 def resnet18(**kwargs: object) -> ResNet:

@@ -254,8 +254,10 @@ def _dense(x: Tensor) -> Tensor:
         return x.contiguous()
     if x.is_contiguous(memory_format=memory_format):
         return x
+    # A slice of a channels-last tensor stays one, as in F.batch_norm.
+    channels_innermost = x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
     return x.contiguous(
-        memory_format=memory_format if x.stride(1) == 1 else torch.contiguous_format
+        memory_format=memory_format if channels_innermost else torch.contiguous_format
     )
 
 

@@ -1,6 +1,6 @@
 """Fused modules: the batch norms of `torch.nn` with the rest of the tail in the same pass.
 
-They subclass `nn.BatchNorm1d/2d/3d`, so constructors, parameters, buffers and state_dicts are theirs.
+They subclass `nn.BatchNorm1d/2d/3d`: constructors, parameters, buffers, state_dicts are theirs.
 """
 
 from torch import Tensor, nn
@@ -84,11 +84,11 @@ def _is_plain(module: nn.Module) -> bool:
 def norm_add_act(
     norm: nn.Module, act: nn.Module, x: Tensor, residual: Tensor | None = None
 ) -> Tensor:
-    """`act(norm(x) + residual?)`: fused where the children are what the kernels compute, else eager.
+    """`act(norm(x) + residual?)`: fused where the children are what kernels compute, else eager.
 
-    Fused for exactly `nn.BatchNorm1d/2d/3d` and `nn.ReLU` without hooks or a patched forward. Looked
-    at in every call, so that a child replaced later (SyncBatchNorm, a frozen norm, another
-    activation, parametrized weights) is honoured.
+    Fused for exactly `nn.BatchNorm1d/2d/3d` and `nn.ReLU` without hooks or a patched forward. That
+    is looked at in every call, so that a child replaced later (SyncBatchNorm, another activation,
+    parametrized weights) is honoured.
 
     Args:
         norm, act: the children of a block.
@@ -113,4 +113,4 @@ def norm_add_act(
     out: Tensor = norm(x)
     if residual is not None:
         out += residual
-    return act(out)  # type: ignore[no-any-return]
+    return act(out)

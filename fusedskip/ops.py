@@ -1,12 +1,12 @@
 """The raw operators: schemas, fakes, and where each implementation comes from.
 
-Two namespaces hold the same four operators: `fusedskip` is compiled (`csrc/bindings` registers the
-CPU and CUDA kernels), `fusedskip_triton` launches `fusedskip.triton_kernels`. They are private, know
-nothing of autograd, and check only what a kernel needs to be memory-safe: `fusedskip.functional` has
-checked the arguments and gives dense tensors of one memory layout.
+Two namespaces hold the same four operators: `fusedskip` is compiled (`csrc/bindings` registers
+the CPU and CUDA kernels), `fusedskip_triton` launches `fusedskip.triton_kernels`. They are private,
+know nothing of autograd, and check only what memory safety needs: `fusedskip.functional` has checked
+the arguments and gives dense tensors of one memory layout.
 
-`mask` holds one bit an element, 1 where the gradient passes: `not (out <= 0)`. Its rows are the rows
-of memory, each padded to whole bytes; see `mask_shape`. A result that was not asked for has shape (0,).
+`mask` holds one bit an element, 1 where the gradient passes: `not (out <= 0)`. Its rows are those of
+memory, each padded to whole bytes; see `mask_shape`. A result not asked for has shape (0,).
 """
 
 import importlib
@@ -50,7 +50,7 @@ def memory_view(x: Tensor) -> tuple[int, int, int]:
 
 
 def mask_shape(view: tuple[int, int, int]) -> tuple[int, int]:
-    """Shape of the 1-bit mask: a row for each run of memory within which the channel pattern repeats."""
+    """Shape of the 1-bit mask: a row for each plane of a channel, or for each channels-last pixel."""
     n_outer, n_channels, n_inner = view
     if n_inner == 1:
         return n_outer, (n_channels + 7) // 8
@@ -85,12 +85,12 @@ def _fake_batch_norm(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shape = mask_shape(memory_view(x)) if save_mask else (0,)
-    statistics = {"size": (x.shape[1],), "dtype": statistics_dtype(x.dtype)}
+    mean = x.new_empty((x.shape[1],), dtype=statistics_dtype(x.dtype))
     return (
         torch.empty_like(x),
         x.new_empty(shape, dtype=torch.uint8),
-        x.new_empty(**statistics),
-        x.new_empty(**statistics),
+        mean,
+        torch.empty_like(mean),
     )
 
 
@@ -121,7 +121,7 @@ def _fake_batch_norm_backward(
     )
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "add_relu": _fake_add_relu,
     "add_relu_backward": _fake_add_relu_backward,
     "batch_norm": _fake_batch_norm,
@@ -133,9 +133,9 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
     """A launcher that imports Triton at its first call: the import takes half a second."""
 
     def launch(*args: Any) -> Any:
-        from fusedskip import triton_kernels
+        from fusedskip.triton_kernels import ops
 
-        return getattr(triton_kernels, name)(*args)
+        return getattr(ops, name)(*args)
 
     return launch
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """`relu(x + residual)`."""
     return torch.add(x, residual).relu_()
 
 

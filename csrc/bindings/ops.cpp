@@ -103,9 +103,9 @@ const void* data_like(const Tensor& tensor, const Tensor& x, const char* name) {
                       tensor.is_cpu() == x.is_cpu(),
                   name, ": expected the shape, dtype, device and memory layout of x");
   for (int64_t d = 0; d < x.dim(); ++d)
-    STD_TORCH_CHECK(tensor.size(d) == x.size(d) &&
-                        (x.size(d) == 1 || tensor.stride(d) == x.stride(d)),
-                    name, ": expected the shape, dtype, device and memory layout of x");
+    STD_TORCH_CHECK(
+        tensor.size(d) == x.size(d) && (x.size(d) == 1 || tensor.stride(d) == x.stride(d)), name,
+        ": expected the shape, dtype, device and memory layout of x");
   return tensor.data_ptr();
 }
 
@@ -181,8 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   Tensor dx = need_dx ? empty_like(x) : not_asked_for(x);
   Tensor dresidual = need_dresidual ? empty_like(x) : not_asked_for(x);
   Tensor dweight = gradient_of(weight), dbias = gradient_of(bias);
-  const Dtype statistics =
-      dtype_of(x) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const Dtype statistics = dtype_of(x) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   STD_TORCH_CHECK(dtype_of(mean) == statistics && dtype_of(rstd) == statistics,
                   "mean, rstd: not those that forward returned");
   fusedskip::cpu::batch_norm_backward({
@@ -223,8 +222,8 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr,
-                      nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

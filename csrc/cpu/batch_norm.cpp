@@ -1,15 +1,17 @@
 // Cuts a tensor into tiles and runs the stages over them.
 //
-// The tiles, and the order in which their partial results are merged, follow from the shape alone, so
-// that results are bitwise the same whatever the number of threads. What the threads change is the
-// order of the work: with channels enough for all of them, each takes a channel through both stages
-// while it lies in cache; otherwise all run the first stage, then all the second, backwards, so that
-// it starts with what the first has left in cache.
+// The tiles, and the order in which their partial results are merged, follow from the shape alone,
+// so that results are bitwise the same whatever the number of threads. What the threads change is
+// the order of the work: with channels enough for all of them, each takes a channel through both
+// stages while it lies in cache; otherwise all run the first stage, then all the second, backwards,
+// so that it starts with what the first has left in cache.
 
 #include "batch_norm.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <memory>
+#include <string_view>
 
 #include "parallel.h"
 #include "storage.h"
@@ -22,12 +24,16 @@ struct InstructionSet {
   const Kernels* kernels;
 };
 
+// ATEN_CPU_CAPABILITY holds torch's own kernels to a lesser instruction set, and so these.
 InstructionSet choose_instruction_set() {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view capability = variable ? variable : "avx512";
+  const bool allows_avx2 = capability != "default", allows_avx512 = capability == "avx512";
+  if (allows_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
     return {"avx512", avx512::kKernels};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+  if (allows_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
     return {"avx2", avx2::kKernels};
 #endif
@@ -45,7 +51,8 @@ int64_t bytes(Dtype dtype) {
 // A pointer moved by elements of a run-time dtype; null stays null.
 template <typename Pointer>
 Pointer advance(Pointer p, int64_t elements, Dtype dtype) {
-  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
+  using Byte =
+      std::conditional_t<std::is_const_v<std::remove_pointer_t<Pointer>>, const char, char>;
   return p ? static_cast<Byte*>(p) + elements * bytes(dtype) : nullptr;
 }
 
@@ -62,8 +69,8 @@ struct Tile {
   int64_t mask_offset;  // in bytes
 };
 
-// Channels fall into groups that are reduced apart: one channel each, or channels-last all together.
-// Every group is cut into `tiles` tiles.
+// Channels fall into groups that are reduced apart: one channel each, or channels-last all
+// together. Every group is cut into `tiles` tiles.
 struct Tiling {
   View view;
   bool per_lane;
@@ -79,7 +86,8 @@ struct Tiling {
     piece_length = v.n_inner;
     if (per_lane) {
       groups = 1;
-      const int64_t rows = std::max(ceil_div(kRowTile, v.n_channels), ceil_div(v.n_outer, kMaxRowTiles));
+      const int64_t rows =
+          std::max(ceil_div(kRowTile, v.n_channels), ceil_div(v.n_outer, kMaxRowTiles));
       outer = std::min(rows, v.n_outer);
     } else {
       groups = v.n_channels;
@@ -197,8 +205,8 @@ void forward(const BatchNormForward& args) {
 
   const auto stats = [&](int64_t group, int64_t index) {
     const Tile tile = tiling.tile(group, index);
-    kernel.stats({tile.runs, advance(args.x, tile.offset, args.dtype),
-                  partials.first(group, index), partials.second(group, index)});
+    kernel.stats({tile.runs, advance(args.x, tile.offset, args.dtype), partials.first(group, index),
+                  partials.second(group, index)});
   };
 
   const auto batch_statistics = [&](int64_t c) {
@@ -240,7 +248,8 @@ void forward(const BatchNormForward& args) {
   const auto apply = [&](int64_t group, int64_t index) {
     const Tile tile = tiling.tile(group, index);
     const int64_t c = tiling.per_lane ? 0 : group;
-    kernel.apply({tile.runs, advance(args.x, tile.offset, args.dtype),
+    kernel.apply({tile.runs,
+                  advance(args.x, tile.offset, args.dtype),
                   advance(args.residual, tile.offset, args.dtype),
                   advance(args.out, tile.offset, args.dtype),
                   advance_mask(args.mask, tile.mask_offset),
@@ -261,7 +270,8 @@ void backward(const BatchNormBackward& args) {
   const Coefficients<S, 4> coefficients(view.n_channels);
   const S* mean = static_cast<const S*>(args.mean.data);
   const S* rstd = static_cast<const S*>(args.rstd.data);
-  S *scale = coefficients[0], *shift = coefficients[1], *k2 = coefficients[2], *k3 = coefficients[3];
+  S *scale = coefficients[0], *shift = coefficients[1], *k2 = coefficients[2],
+    *k3 = coefficients[3];
   const Gate gate = !args.relu ? Gate::kNone : args.mask ? Gate::kMask : Gate::kRecompute;
   const double n = double(view.n_outer) * double(view.n_inner);
   const Kernels& kernel = kernels(args.dtype);
@@ -367,9 +377,13 @@ void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, v
   parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tiling.tile(0, index);
-      kernels(dtype).apply({tile.runs, advance(x, tile.offset, dtype),
-                            advance(residual, tile.offset, dtype), advance(out, tile.offset, dtype),
-                            advance_mask(mask, tile.mask_offset), {}, true});
+      kernels(dtype).apply({tile.runs,
+                            advance(x, tile.offset, dtype),
+                            advance(residual, tile.offset, dtype),
+                            advance(out, tile.offset, dtype),
+                            advance_mask(mask, tile.mask_offset),
+                            {},
+                            true});
     }
   });
 }
@@ -380,9 +394,16 @@ void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8
   parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tiling.tile(0, index);
-      kernels(dtype).bwd_apply({tile.runs, advance(dout, tile.offset, dtype), nullptr,
-                                mask + tile.mask_offset, nullptr, advance(dx, tile.offset, dtype),
-                                {}, nullptr, nullptr, Gate::kMask});
+      kernels(dtype).bwd_apply({tile.runs,
+                                advance(dout, tile.offset, dtype),
+                                nullptr,
+                                mask + tile.mask_offset,
+                                nullptr,
+                                advance(dx, tile.offset, dtype),
+                                {},
+                                nullptr,
+                                nullptr,
+                                Gate::kMask});
     }
   });
 }

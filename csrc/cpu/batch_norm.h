@@ -34,7 +34,7 @@ struct BatchNormForward {
   bool training, relu;
   double momentum, eps;
   void* out;
-  uint8_t* mask;              // or null
+  uint8_t* mask;             // or null
   ChannelVector mean, rstd;  // results, in statistics precision
 };
 

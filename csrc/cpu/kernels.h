@@ -13,7 +13,8 @@ namespace fusedskip::cpu {
 enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
 inline constexpr int kDtypes = 4;
 
-// How a gradient passes the ReLU: freely, by the saved bits, or by the sign of the recomputed output.
+// How a gradient passes the ReLU: freely, by the saved bits, or by the sign of the recomputed
+// output.
 enum class Gate { kNone, kMask, kRecompute };
 
 struct Runs {

@@ -16,8 +16,8 @@ inline int64_t num_threads() {
   return threads;
 }
 
-// Calls body(begin, end) over parts of [0, items), in this thread alone where there is little to do.
-// body must not throw.
+// Calls body(begin, end) over parts of [0, items), in this thread alone where there is little to
+// do. body must not throw.
 template <typename Body>
 void parallel_for(int64_t items, int64_t elements_an_item, const Body& body) {
   constexpr int64_t kGrain = 32768;  // elements; at::internal::GRAIN_SIZE

@@ -1,9 +1,9 @@
 // The four stages on one tile, written once for every instruction set, storage type and layout.
 //
 // The elementwise stages (apply, bwd_apply) do not care about the layout beyond where a coefficient
-// comes from: broadcast over a channel's run, or loaded lane by lane along a row. The reducing stages
-// (stats, bwd_reduce) differ: channels-first folds the lanes at the end of the tile, channels-last
-// keeps a column of packs in registers down a block of rows.
+// comes from: broadcast over a channel's run, or loaded lane by lane along a row. The reducing
+// stages (stats, bwd_reduce) differ: channels-first folds the lanes at the end of the tile,
+// channels-last keeps a column of packs in registers down a block of rows.
 
 #pragma once
 
@@ -14,7 +14,8 @@
 
 namespace fusedskip::cpu::FUSEDSKIP_ISA {
 
-// Coefficients -------------------------------------------------------------------------------------
+// Coefficients
+// -------------------------------------------------------------------------------------
 
 // The coefficients of the lanes from element i of a run on; n < kLanes of them near a run's end.
 template <typename S, bool kPerLane>
@@ -82,7 +83,8 @@ struct Gated {
   }
 };
 
-// Elementwise stages -------------------------------------------------------------------------------
+// Elementwise stages
+// -------------------------------------------------------------------------------
 
 template <typename T, bool kPerLane, bool kNorm, bool kResidual, bool kRelu>
 void apply_runs(const ApplyTile& tile) {
@@ -141,11 +143,13 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
   }
 }
 
-// Reducing stages ----------------------------------------------------------------------------------
+// Reducing stages
+// ----------------------------------------------------------------------------------
 
 // Adds to `sum` and `m2` of one channel a block of `count` elements, of which are known the pivot K
-// near their mean, their plain sum, Σ(x - K) and Σ(x - K)²; `seen` elements came before (Chan et al.,
-// 1983). The pivot makes mean >> std safe; the plain sum keeps an infinite mean infinite, as torch.
+// near their mean, their plain sum, Σ(x - K) and Σ(x - K)²; `seen` elements came before (Chan et
+// al., 1983). The pivot makes mean >> std safe; the plain sum keeps an infinite mean infinite, as
+// torch.
 inline void merge_block(double& sum, double& m2, double seen, double count, double pivot,
                         double plain, double d1, double d2) {
   const double block_sum = std::fabs(plain) < HUGE_VAL ? pivot * count + d1 : plain;
@@ -183,9 +187,7 @@ void stats_planes(const StatsTile& tile) {
       });
     }
   };
-  const auto fold = [](const P (&a)[kColumn]) {
-    return double(sum((a[0] + a[1]) + (a[2] + a[3])));
-  };
+  const auto fold = [](const P(&a)[kColumn]) { return double(sum((a[0] + a[1]) + (a[2] + a[3]))); };
 
   const double count = double(tile.runs.count) * double(tile.runs.length);
   P plain[kColumn] = {}, d1[kColumn] = {}, d2[kColumn] = {};
@@ -318,7 +320,8 @@ void bwd_reduce_rows(const BwdReduceTile& tile) {
   }
 }
 
-// Run-time flags to template arguments -------------------------------------------------------------
+// Run-time flags to template arguments
+// -------------------------------------------------------------
 
 template <typename Body>
 inline void with_flag(bool flag, Body body) {
@@ -351,9 +354,8 @@ void apply(const ApplyTile& tile) {
   with_flag(tile.runs.per_lane, [&](auto per_lane) {
     with_flag(tile.affine.mean != nullptr, [&](auto norm) {
       with_flag(tile.residual != nullptr, [&](auto residual) {
-        with_flag(tile.relu, [&](auto relu) {
-          apply_runs<T, per_lane, norm, residual, relu>(tile);
-        });
+        with_flag(tile.relu,
+                  [&](auto relu) { apply_runs<T, per_lane, norm, residual, relu>(tile); });
       });
     });
   });
@@ -370,8 +372,7 @@ template <typename T>
 void bwd_apply(const BwdApplyTile& tile) {
   with_flag(tile.runs.per_lane, [&](auto per_lane) {
     with_flag(tile.k2 != nullptr, [&](auto training) {
-      with_gate(tile.gate,
-                [&](auto gate) { bwd_apply_runs<T, per_lane, gate, training>(tile); });
+      with_gate(tile.gate, [&](auto gate) { bwd_apply_runs<T, per_lane, gate, training>(tile); });
     });
   });
 }
@@ -381,7 +382,7 @@ constexpr Kernels kernels_of() {
   return {stats<T>, apply<T>, bwd_reduce<T>, bwd_apply<T>};
 }
 
-extern const Kernels kKernels[kDtypes] = {
-    kernels_of<double>(), kernels_of<float>(), kernels_of<BFloat16>(), kernels_of<Float16>()};
+extern const Kernels kKernels[kDtypes] = {kernels_of<double>(), kernels_of<float>(),
+                                          kernels_of<BFloat16>(), kernels_of<Float16>()};
 
 }  // namespace fusedskip::cpu::FUSEDSKIP_ISA

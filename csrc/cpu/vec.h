@@ -1,8 +1,9 @@
 // Pack<S>: the least number of vector registers that holds whole bytes of mask, 8 lanes or more.
 //
-// Included by one source file an instruction set, which defines FUSEDSKIP_ISA (the namespace) and one
-// of FUSEDSKIP_AVX512, FUSEDSKIP_AVX2 or neither. Plain arithmetic uses the compiler's vector types;
-// intrinsics stand where those have no word for it: fma, comparison to bits, conversion, tails.
+// Included by one source file an instruction set, which defines FUSEDSKIP_ISA (the namespace) and
+// one of FUSEDSKIP_AVX512, FUSEDSKIP_AVX2 or neither. Plain arithmetic uses the compiler's vector
+// types; intrinsics stand where those have no word for it: fma, comparison to bits, conversion,
+// tails.
 
 #pragma once
 
@@ -73,11 +74,15 @@ inline Pack<S> operator*(Pack<S> a, Pack<S> b) {
 template <typename V>
 inline V fma_vector(V a, V b, V c) {
 #if defined(FUSEDSKIP_AVX512)
-  if constexpr (sizeof(a[0]) == 4) return _mm512_fmadd_ps(a, b, c);
-  else return _mm512_fmadd_pd(a, b, c);
+  if constexpr (sizeof(a[0]) == 4)
+    return _mm512_fmadd_ps(a, b, c);
+  else
+    return _mm512_fmadd_pd(a, b, c);
 #elif defined(FUSEDSKIP_AVX2)
-  if constexpr (sizeof(a[0]) == 4) return _mm256_fmadd_ps(a, b, c);
-  else return _mm256_fmadd_pd(a, b, c);
+  if constexpr (sizeof(a[0]) == 4)
+    return _mm256_fmadd_ps(a, b, c);
+  else
+    return _mm256_fmadd_pd(a, b, c);
 #else
   return a * b + c;  // forward and backward round alike, which is all that is asked
 #endif
@@ -87,12 +92,15 @@ inline V fma_vector(V a, V b, V c) {
 template <typename V>
 inline uint32_t exceeds_vector(V v, V threshold) {
 #if defined(FUSEDSKIP_AVX512)
-  if constexpr (sizeof(v[0]) == 4) return _mm512_cmp_ps_mask(v, threshold, _CMP_NLE_UQ);
-  else return _mm512_cmp_pd_mask(v, threshold, _CMP_NLE_UQ);
+  if constexpr (sizeof(v[0]) == 4)
+    return _mm512_cmp_ps_mask(v, threshold, _CMP_NLE_UQ);
+  else
+    return _mm512_cmp_pd_mask(v, threshold, _CMP_NLE_UQ);
 #elif defined(FUSEDSKIP_AVX2)
   if constexpr (sizeof(v[0]) == 4)
     return _mm256_movemask_ps(_mm256_cmp_ps(v, threshold, _CMP_NLE_UQ));
-  else return _mm256_movemask_pd(_mm256_cmp_pd(v, threshold, _CMP_NLE_UQ));
+  else
+    return _mm256_movemask_pd(_mm256_cmp_pd(v, threshold, _CMP_NLE_UQ));
 #else
   constexpr int kWidth = kVectorBytes / sizeof(v[0]);
   uint32_t bits = 0;
@@ -105,8 +113,10 @@ inline uint32_t exceeds_vector(V v, V threshold) {
 template <typename V>
 inline V keep_vector(V v, uint32_t bits) {
 #if defined(FUSEDSKIP_AVX512)
-  if constexpr (sizeof(v[0]) == 4) return _mm512_maskz_mov_ps(__mmask16(bits), v);
-  else return _mm512_maskz_mov_pd(__mmask8(bits), v);
+  if constexpr (sizeof(v[0]) == 4)
+    return _mm512_maskz_mov_ps(__mmask16(bits), v);
+  else
+    return _mm512_maskz_mov_pd(__mmask8(bits), v);
 #elif defined(FUSEDSKIP_AVX2)
   if constexpr (sizeof(v[0]) == 4) {
     const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -186,19 +196,18 @@ inline Pack<float> load(const BFloat16* p) {
 
 inline void store(BFloat16* p, Pack<float> a) {
 #if defined(FUSEDSKIP_AVX512)
-  // Round to nearest even on the integer bits; NaN, which rounding could carry into infinity, apart.
+  // Round to nearest even on the integer bits; NaN, which rounding could carry into infinity,
+  // apart.
   const __m512i bits = _mm512_castps_si512(a.v[0]);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i rounded =
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v[0], a.v[0], _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 #elif defined(FUSEDSKIP_AVX2)
   const __m256i bits = _mm256_castps_si256(a.v[0]);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded =
-      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
   const __m256 nan = _mm256_cmp_ps(a.v[0], a.v[0], _CMP_UNORD_Q);
   rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
   rounded = _mm256_srli_epi32(rounded, 16);
