@@ -1,0 +1,57 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+
+# The interpreter, ninja and the lint tools all come from the virtual environment.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+PIP_INSTALL := python -m pip install --quiet --constraint constraints.txt
+INSTALLED := $(VENV)/.installed
+EXTENSION := fusedskip/_C.abi3.so
+CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+
+.PHONY: help build demo test lint format bench wheel clean
+
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+
+# The install is editable and compiles nothing: build_ext below does, and recompiles only what changed.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) setuptools
+	FUSEDSKIP_BUILD=none $(PIP_INSTALL) --no-build-isolation --editable '.[triton,demo,test,dev]'
+	touch $@
+
+$(EXTENSION): setup.py $(CSRC) | $(INSTALLED)
+	python setup.py --quiet build_ext --inplace
+
+build: $(INSTALLED) $(EXTENSION)  ## make .venv, install, compile (FUSEDSKIP_BUILD=auto|cpu|cuda|none)
+
+demo: build  ## train one network with eager and with fused blocks, and compare
+	python -m fusedskip demo
+
+# One thread a worker: two workers fill two cores. Tests about threads set their own number.
+test: build  ## run all tests
+	OMP_NUM_THREADS=1 python -m pytest -n 2
+
+lint: $(INSTALLED)  ## check style and types
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CSRC)
+	mypy
+
+format: $(INSTALLED)  ## rewrite Python, C++ and CUDA in the project's style
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CSRC)
+
+# glibc keeps freed memory: otherwise page faults of fresh outputs drown the kernels.
+bench: build  ## measure speed; SAVE=name also writes benchmarks/results/name.json
+	MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
+	python -m pytest benchmarks --benchmark-enable --benchmark-only \
+	    $(if $(SAVE),--benchmark-json=benchmarks/results/$(SAVE).json)
+
+wheel: $(INSTALLED)  ## build dist/*.tar.gz and, from it, dist/*.whl
+	python -m build --no-isolation
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info $(EXTENSION) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
