@@ -1,0 +1,129 @@
+"""apply: out = relu((x - mean) * a + bias + residual), a = weight * rstd; only x is always there.
+
+Reads x and residual, writes out and the 1-bit mask: 2N, or 3N + m. Tile
+[BLOCK_POSITIONS, BLOCK_CHANNELS], grid (channel blocks, programs). Without a norm this is the whole
+of add_relu.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import SIZES, Plan, View
+from .stats import merge_moments
+from .tile import (
+    load_channels,
+    mask_offsets,
+    normalise,
+    pack_bits,
+    relu_passes,
+    tile_offsets,
+    whole_vectors,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_apply_kernel(
+    x_ptr, residual_ptr, out_ptr, mask_ptr,
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, partials_ptr, mean_ptr, rstd_ptr,
+    momentum: tl.float64, eps: tl.float64,
+    n_splits, n_outer, n_channels, n_inner,
+    RELU: tl.constexpr, ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
+    VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    STATS_POSITIONS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Absent tensors are None, which the compiler knows: they need no flags of their own."""
+    n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
+    channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    program, n_programs = tl.program_id(1), tl.num_programs(1)
+
+    if mean_ptr is not None:
+        if partials_ptr is not None:
+            n_positions = tl.cast(n_outer, INDEX_DTYPE) * n_inner
+            mean, m2 = merge_moments(
+                x_ptr, partials_ptr, channels, n_splits, n_channels, n_inner, n_positions,
+                ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
+            )  # fmt: skip
+            var = m2 / n_positions.to(ACC_DTYPE)
+        else:
+            mean = load_channels(running_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+            var = load_channels(running_var_ptr, channels, n_channels, 1.0, ACC_DTYPE)
+        rstd = tl.rsqrt(var + eps).to(ACC_DTYPE)  # in fp64, as eps is
+        if program == 0:
+            if partials_ptr is not None and running_mean_ptr is not None:
+                unbiased = m2 / tl.maximum(n_positions - 1, 1).to(ACC_DTYPE)
+                update_running(running_mean_ptr, mean, momentum, channels, n_channels)
+                update_running(running_var_ptr, unbiased, momentum, channels, n_channels)
+            tl.store(mean_ptr + channels, mean, mask=channels < n_channels)
+            tl.store(rstd_ptr + channels, rstd, mask=channels < n_channels)
+        a = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
+        bias = load_channels(bias_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+
+    # Where there is a mask, planes are padded to whole bytes of it. Tiles are taken from the last
+    # to the first: the end of what stats read is still in L2.
+    pitch = n_inner if mask_ptr is None or CHANNELS_LAST else tl.cdiv(n_inner, 8) * 8
+    n_tiles = tl.cdiv(tl.cast(n_outer, INDEX_DTYPE) * pitch, BLOCK_POSITIONS)
+    for step in range(program, n_tiles, n_programs):
+        tile = n_tiles - 1 - step
+        offsets, valid = tile_offsets(
+            tile, channels, n_outer, n_channels, n_inner, pitch, BLOCK_POSITIONS, CHANNELS_LAST
+        )
+        out = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
+        if mean_ptr is not None:
+            out = normalise(out, mean, a, bias)
+        if residual_ptr is not None:
+            out += residual
+        if RELU:
+            passes = relu_passes(out, out_ptr.dtype.element_ty)
+            out = tl.where(passes, out, 0.0)
+        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=valid)
+        if mask_ptr is not None:
+            offsets, byte_valid = mask_offsets(
+                tile, n_outer, n_channels, n_inner, BLOCK_POSITIONS, BLOCK_CHANNELS, CHANNELS_LAST
+            )
+            tl.store(mask_ptr + offsets, pack_bits(passes & valid, CHANNELS_LAST), mask=byte_valid)
+
+
+@triton.jit
+def update_running(ptr, batch, momentum, channels, n_channels):
+    """(1 - momentum) * running + momentum * batch, in place, rounded once to the buffer's dtype."""
+    valid = channels < n_channels
+    running = tl.load(ptr + channels, mask=valid, other=0.0).to(batch.dtype)
+    running = (1 - momentum) * running + momentum * batch
+    tl.store(ptr + channels, running.to(batch.dtype).to(ptr.dtype.element_ty), mask=valid)
+
+
+def apply(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    out: torch.Tensor,
+    mask: torch.Tensor | None,
+    view: View,
+    plan: Plan,
+    relu: bool,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    partials: torch.Tensor | None = None,
+    mean: torch.Tensor | None = None,
+    rstd: torch.Tensor | None = None,
+    momentum: float = 0.0,
+    eps: float = 0.0,
+) -> None:
+    """Fill out and mask; with a norm, that is with mean and rstd, those and the running buffers.
+
+    The statistics are those of the batch if partials are given, else the running ones.
+    """
+    batch_norm_apply_kernel[plan.channel_blocks, plan.n_programs](
+        x, residual, out, mask,
+        weight, bias, running_mean, running_var, partials, mean, rstd,
+        momentum, eps, plan.n_splits, *view,
+        RELU=relu, STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=plan.block_splits,
+        **plan.constants(x),
+    )  # fmt: skip

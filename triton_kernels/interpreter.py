@@ -1,0 +1,49 @@
+"""Repairs of Triton 3.6's interpreter (TRITON_INTERPRET=1), which runs the kernels in tests."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def repair() -> None:
+    """Mend loop bounds with NumPy 2.4, rounding to bf16, warnings, and the time a call takes."""
+    patch_lang, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def patch_lang_once(fn: Any) -> Any:
+        # The original patches anew for every call of a function, which takes half of all time.
+        if tl.core.is_builtin(tl.load):
+            return patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+        return interpreter._LangPatchScope()
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # The original calls int() on an array of one element, which NumPy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def cast_rounded(self: Any, src: Any, dst_type: Any) -> Any:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if (source, target) == (tl.float32, tl.bfloat16):  # the original truncates
+            return interpreter.TensorHandle(_to_bfloat16(src.data), target)
+        if (source, target) == (tl.bfloat16, tl.float32):  # the original loses subnormals
+            widened = (src.data.astype(np.uint32) << 16).view(np.float32)
+            return interpreter.TensorHandle(widened, target)
+        return cast(self, src, dst_type)
+
+    # Inf - Inf is no more worth a warning than on a GPU.
+    interpreter.GridExecutor.__call__ = np.errstate(all="ignore")(interpreter.GridExecutor.__call__)
+    interpreter._patch_lang = patch_lang_once
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    interpreter.InterpreterBuilder.cast_impl = cast_rounded
+
+
+def _to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The upper halves of fp32 values, to nearest even, as uint16 (the interpreter's bf16)."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
