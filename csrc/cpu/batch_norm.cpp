@@ -77,8 +77,10 @@ struct Tiling {
   int64_t groups, tiles;
   int64_t pieces, piece_length;  // of a plane, when one is more than a tile
   int64_t outer;                 // planes or rows a tile
+  int64_t prefetch;
+  bool streams;
 
-  explicit Tiling(View v) : view(v), per_lane(v.n_inner == 1) {
+  Tiling(View v, Dtype dtype) : view(v), per_lane(v.n_inner == 1) {
     // 8192 elements stay in L1 for a second look. Rows are many channels at once, and each tile of
     // them writes its sums for all: as few tiles as will still spread over the threads.
     constexpr int64_t kPlaneTile = 8192, kRowTile = 65536, kMaxRowTiles = 128;
@@ -97,6 +99,16 @@ struct Tiling {
       pieces = ceil_div(v.n_inner, piece_length);
     }
     tiles = ceil_div(v.n_outer, outer) * pieces;
+    // Going through one channel of many small planes jumps from page to page, and hardware gives
+    // up. But each page is walked from channel to channel: 512 bytes on is a few channels ahead.
+    const bool small_planes = !per_lane && v.n_inner * bytes(dtype) < 2048;
+    prefetch = small_planes ? 512 / bytes(dtype) : 0;
+    // A result larger than L2 will be gone from it before it is read. Written past the caches it
+    // saves reading the lines that it overwrites: fp32 forward and backward at 32x256x56x56 take
+    // 43 ms instead of 57. Runs must start on cache lines, as the allocations do.
+    constexpr int64_t kL2 = 2 << 20;
+    const bool aligned = v.row_length() * bytes(dtype) % 64 == 0 || v.n_rows() == 1;
+    streams = aligned && v.n_outer * v.n_channels * v.n_inner * bytes(dtype) > kL2;
   }
 
   int64_t group_channels() const { return per_lane ? view.n_channels : 1; }
@@ -105,13 +117,13 @@ struct Tiling {
   Tile tile(int64_t group, int64_t index) const {
     const int64_t first = index / pieces * outer, count = std::min(outer, view.n_outer - first);
     if (per_lane)
-      return {{count, view.n_channels, view.n_channels, view.mask_row_bytes(), true},
+      return {{count, view.n_channels, view.n_channels, view.mask_row_bytes(), 0, streams, true},
               first * view.n_channels,
               first * view.mask_row_bytes()};
     const int64_t begin = index % pieces * piece_length;
     const int64_t row = first * view.n_channels + group;
     return {{count, std::min(piece_length, view.n_inner - begin), view.n_channels * view.n_inner,
-             view.n_channels * view.mask_row_bytes(), false},
+             view.n_channels * view.mask_row_bytes(), prefetch, streams, false},
             row * view.n_inner + begin,
             row * view.mask_row_bytes() + begin / 8};
   }
@@ -123,8 +135,8 @@ struct Tiling {
   }
 };
 
-// reduce(group, tile) for all tiles, then finish(first channel, last channel), then
-// apply(group, tile). An empty std::function is a stage left out.
+// reduce(group, tile) for all tiles, unless nothing is to be reduced, then
+// finish(first channel, last channel), then apply(group, tile).
 template <typename Reduce, typename Finish, typename Apply>
 void two_stages(const Tiling& tiling, bool reduces, const Reduce& reduce, const Finish& finish,
                 const Apply& apply) {
@@ -195,7 +207,7 @@ S scale_of(const ChannelVector& weight, int64_t c, S rstd) {
 template <typename S>
 void forward(const BatchNormForward& args) {
   const View view = args.view;
-  const Tiling tiling(view);
+  const Tiling tiling(view, args.dtype);
   const Partials partials(tiling, args.training);
   const Coefficients<S, 2> coefficients(view.n_channels);
   S* mean = static_cast<S*>(args.mean.data);
@@ -263,7 +275,7 @@ void forward(const BatchNormForward& args) {
 template <typename S>
 void backward(const BatchNormBackward& args) {
   const View view = args.view;
-  const Tiling tiling(view);
+  const Tiling tiling(view, args.dtype);
   const bool needs_apply = args.dx || args.dresidual;
   const bool reduces = args.need_dparams || (args.training && args.dx);
   const Partials partials(tiling, reduces);
@@ -373,7 +385,7 @@ void batch_norm_backward(const BatchNormBackward& args) {
 
 void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
               uint8_t* mask) {
-  const Tiling tiling({1, 1, numel});
+  const Tiling tiling({1, 1, numel}, dtype);
   parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tiling.tile(0, index);
@@ -390,7 +402,7 @@ void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, v
 
 void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8_t* mask,
                        void* dx) {
-  const Tiling tiling({1, 1, numel});
+  const Tiling tiling({1, 1, numel}, dtype);
   parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tiling.tile(0, index);

@@ -22,6 +22,8 @@ struct Runs {
   int64_t length;       // in elements
   int64_t stride;       // between the starts of two runs, in elements
   int64_t mask_stride;  // likewise in the 1-bit mask, in bytes
+  int64_t prefetch;     // where the next runs to come lie, in elements; 0: the hardware will know
+  bool streams;         // results go past the caches; every run starts on a cache line
   bool per_lane;        // coefficients differ from element to element of a run (channels-last)
 };
 

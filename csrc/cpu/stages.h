@@ -38,6 +38,7 @@ inline void for_each_pack(int64_t length, Body body) {
   if (i < length) body(i, int(length - i));
 }
 
+// The mask of a pack from element i of a run on, whole bytes; with n its padding bits are 0.
 template <int kMaskBytes>
 inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits) {
   std::memcpy(mask + i / 8, &bits, kMaskBytes);
@@ -46,7 +47,7 @@ inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits) {
 template <int kMaskBytes>
 inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits, int n) {
   bits &= (1u << n) - 1;
-  std::memcpy(mask + i / 8, &bits, (n + 7) / 8);
+  for (int byte = 0; byte < (n + 7) / 8; ++byte) mask[i / 8 + byte] = uint8_t(bits >> 8 * byte);
 }
 
 template <int kMaskBytes>
@@ -59,8 +60,27 @@ inline uint32_t load_mask(const uint8_t* mask, int64_t i) {
 template <int kMaskBytes>
 inline uint32_t load_mask(const uint8_t* mask, int64_t i, int n) {
   uint32_t bits = 0;
-  std::memcpy(&bits, mask + i / 8, (n + 7) / 8);
+  for (int byte = 0; byte < (n + 7) / 8; ++byte) bits |= uint32_t(mask[i / 8 + byte]) << 8 * byte;
   return bits;
+}
+
+// Fetches what lies `runs.prefetch` elements behind a run: the same plane some channels on.
+template <int kWrite, typename T>
+inline void prefetch(const Runs& runs, const T* run) {
+  if (runs.prefetch == 0 || run == nullptr) return;
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < runs.length; i += kLine)
+    __builtin_prefetch(run + runs.prefetch + i, kWrite, 2);
+}
+
+template <typename T, typename S>
+inline void store_result(bool streams, T* p, Pack<S> a) {
+  streams ? stream(p, a) : store(p, a);
+}
+
+template <typename T, typename S>
+inline void store_result(bool, T* p, Pack<S> a, int n) {
+  store(p, a, n);
 }
 
 // The gradient behind the ReLU.
@@ -99,6 +119,8 @@ void apply_runs(const ApplyTile& tile) {
     const T* residual = static_cast<const T*>(tile.residual) + (kResidual ? offset : 0);
     T* out = static_cast<T*>(tile.out) + offset;
     uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    prefetch<0>(tile.runs, kResidual ? residual : nullptr);
+    if (!tile.runs.streams) prefetch<1>(tile.runs, out);
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
       P y = load(x + i, n...);
       if constexpr (kNorm) y = fma(y - mean.at(i, n...), scale.at(i, n...), shift.at(i, n...));
@@ -108,9 +130,10 @@ void apply_runs(const ApplyTile& tile) {
         y = keep(y, bits);
         if (mask) store_mask<P::kMaskBytes>(mask, i, bits, n...);
       }
-      store(out + i, y, n...);
+      store_result(tile.runs.streams, out + i, y, n...);
     });
   }
+  if (tile.runs.streams) order_streams();
 }
 
 template <typename T, bool kPerLane, Gate kGate, bool kTraining>
@@ -127,20 +150,25 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
     T* dx = tile.dx ? static_cast<T*>(tile.dx) + offset : nullptr;
     T* dresidual = tile.dresidual ? static_cast<T*>(tile.dresidual) + offset : nullptr;
+    if (!tile.runs.streams) {
+      prefetch<1>(tile.runs, dx);
+      prefetch<1>(tile.runs, dresidual);
+    }
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
       P centred = P::broadcast(0);
       if constexpr (kReadsX) {
         if (kGate == Gate::kRecompute || dx) centred = load(x + i, n...) - gated.mean.at(i, n...);
       }
       const P g = gated(load(dout + i, n...), centred, mask, i, n...);
-      if (dresidual) store(dresidual + i, g, n...);
+      if (dresidual) store_result(tile.runs.streams, dresidual + i, g, n...);
       if (dx) {
         P d = g * gated.scale.at(i, n...);
         if constexpr (kTraining) d = fma(centred, k2.at(i, n...), d + k3.at(i, n...));
-        store(dx + i, d, n...);
+        store_result(tile.runs.streams, dx + i, d, n...);
       }
     });
   }
+  if (tile.runs.streams) order_streams();
 }
 
 // Reducing stages
@@ -168,22 +196,15 @@ void stats_planes(const StatsTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
   const T* tile_x = static_cast<const T*>(tile.x);
-  // body(k, pack): a pack of x for accumulator k. Lanes past a run's end hold `fill`.
-  const auto for_each = [&](S fill, auto body) {
+  // body(k, pack, n...): a pack of x for accumulator k.
+  const auto for_each = [&](auto body) {
     for (int64_t run = 0; run < tile.runs.count; ++run) {
       const T* x = tile_x + run * tile.runs.stride;
       int64_t i = 0;
       for (; i + kColumn * P::kLanes <= tile.runs.length; i += kColumn * P::kLanes)
         for (int k = 0; k < kColumn; ++k) body(k, load(x + i + k * P::kLanes));
       for_each_pack<P::kLanes>(tile.runs.length - i, [&](int64_t j, auto... n) {
-        P rest = load(x + i + j, n...);
-        if constexpr (sizeof...(n) > 0) {
-          S lanes[P::kLanes];
-          std::memcpy(lanes, &rest, sizeof(rest));
-          for (int l = (n, ...); l < P::kLanes; ++l) lanes[l] = fill;
-          std::memcpy(&rest, lanes, sizeof(rest));
-        }
-        body(0, rest);
+        body(int(j / P::kLanes), load(x + i + j, n...), n...);
       });
     }
   };
@@ -191,12 +212,15 @@ void stats_planes(const StatsTile& tile) {
 
   const double count = double(tile.runs.count) * double(tile.runs.length);
   P plain[kColumn] = {}, d1[kColumn] = {}, d2[kColumn] = {};
-  for_each(0, [&](int k, P x) { plain[k] = plain[k] + x; });
+  for (int64_t run = 0; run < tile.runs.count; ++run)
+    prefetch<0>(tile.runs, tile_x + run * tile.runs.stride);
+  for_each([&](int k, P x, auto...) { plain[k] = plain[k] + x; });
   const double plain_sum = fold(plain);
   const S pivot = S(plain_sum / count);
   const P pivots = P::broadcast(pivot);
-  for_each(pivot, [&](int k, P x) {
-    const P d = x - pivots;
+  for_each([&](int k, P x, auto... n) {
+    P d = x - pivots;
+    ((d = keep(d, (1u << n) - 1)), ...);
     d1[k] = d1[k] + d;
     d2[k] = fma(d, d, d2[k]);
   });
@@ -269,6 +293,8 @@ void bwd_reduce_planes(const BwdReduceTile& tile) {
     const T* dout = static_cast<const T*>(tile.dout) + run * tile.runs.stride;
     const T* x = static_cast<const T*>(tile.x) + run * tile.runs.stride;
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    prefetch<0>(tile.runs, dout);
+    prefetch<0>(tile.runs, x);
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
       const P centred = load(x + i, n...) - gated.mean.all;
       // Lanes past the run's end load dout = 0 and add nothing.

@@ -243,6 +243,36 @@ inline void store(Float16* p, Pack<float> a) {
 #endif
 }
 
+// A store past the caches, which saves reading the line that it overwrites. For whole packs, each
+// aligned to its size; `order_streams` before another thread may look.
+template <typename T, typename S>
+inline void stream(T* p, Pack<S> a) {
+#if defined(__x86_64__)
+  constexpr int kBytes = Pack<S>::kLanes * sizeof(T);
+  alignas(64) char line[kBytes];
+  store(reinterpret_cast<T*>(line), a);
+  char* to = reinterpret_cast<char*>(p);
+  constexpr int kStep = kBytes < kVectorBytes ? kBytes : kVectorBytes;
+  for (int i = 0; i < kBytes; i += kStep) {
+#if defined(FUSEDSKIP_AVX512)
+    if constexpr (kStep == 64) _mm512_stream_si512((__m512i*)(to + i), *(__m512i*)(line + i));
+#endif
+#if defined(FUSEDSKIP_AVX512) || defined(FUSEDSKIP_AVX2)
+    if constexpr (kStep == 32) _mm256_stream_si256((__m256i*)(to + i), *(__m256i*)(line + i));
+#endif
+    if constexpr (kStep == 16) _mm_stream_si128((__m128i*)(to + i), *(__m128i*)(line + i));
+  }
+#else
+  store(p, a);
+#endif
+}
+
+inline void order_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // The first n < kLanes elements; the other lanes load as 0 and are not stored.
 
 template <typename T>
