@@ -255,10 +255,10 @@ def _dense(x: Tensor) -> Tensor:
     if x.is_contiguous(memory_format=memory_format):
         return x
     # A slice of a channels-last tensor stays one, as in F.batch_norm.
-    channels_innermost = x.stride(1) == 1 and x.stride(-1) >= x.shape[1]
-    return x.contiguous(
-        memory_format=memory_format if channels_innermost else torch.contiguous_format
-    )
+    strides = [x.stride(d) for d in (0, *range(2, x.dim()), 1)]
+    channels_last = strides[-1] == 1 and strides == sorted(strides, reverse=True)
+    channels_last = channels_last and strides[-2] >= x.shape[1]
+    return x.contiguous(memory_format=memory_format if channels_last else torch.contiguous_format)
 
 
 def _laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:

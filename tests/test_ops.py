@@ -39,7 +39,8 @@ def test_opcheck_add_relu(backend, device, layout):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_opcheck_batch_norm(backend, device, layout, training):
     kernels = backends.KERNELS[backend]
-    for shape, residual in itertools.product(SHAPES, (True, False)):
+    shapes = SHAPES if backend != "triton" else SHAPES[1:3]  # interpreted, a check takes a second
+    for shape, residual in itertools.product(shapes, (True, False)):
         arguments = batch_norm_arguments(shape, layout, device, residual, training)
         torch.library.opcheck(kernels.batch_norm, arguments)
         x, _, weight, bias, *_ = arguments
