@@ -12,7 +12,13 @@ from torch.autograd.function import once_differentiable
 from fusedskip import backends, reference
 from fusedskip.backends import KERNELS
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The dtypes of activations, and which of parameters and buffers go with them.
+_DTYPES = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -293,17 +299,18 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
         raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
 
 
-def _check_channel_vector(name: str, vector: Tensor, x: Tensor) -> None:
+def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
     if vector.shape != x.shape[1:2]:
-        raise ValueError(
+        return ValueError(
             f"{name}: expected shape ({x.shape[1]},) for x of shape {tuple(x.shape)}, "
             f"got {tuple(vector.shape)}"
         )
-    if vector.dtype != x.dtype and (vector.dtype != torch.float32 or x.dtype == torch.float64):
-        wanted = x.dtype if x.dtype.itemsize >= 4 else f"{x.dtype} or torch.float32"
-        raise TypeError(f"{name}: expected dtype {wanted} for x of {x.dtype}, got {vector.dtype}")
-    if vector.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} like x, got {vector.device}")
+    if vector.dtype not in _DTYPES[x.dtype]:
+        expected = " or ".join(str(dtype) for dtype in _DTYPES[x.dtype])
+        return TypeError(
+            f"{name}: expected dtype {expected} for x of {x.dtype}, got {vector.dtype}"
+        )
+    return ValueError(f"{name}: expected device {x.device} like x, got {vector.device}")
 
 
 def check_batch_norm(
@@ -318,27 +325,28 @@ def check_batch_norm(
 ) -> None:
     """Raise `TypeError` or `ValueError` unless the arguments of a `batch_norm_*` function fit."""
     _check_activation(x)
-    if x.dim() < 2:
-        raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
+    shape, device, dtypes = x.shape, x.device, _DTYPES[x.dtype]
+    if len(shape) < 2:
+        raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(shape)}")
     if residual is not None:
         _check_residual(residual, x)
-    for name, vector in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if vector is not None:
-            _check_channel_vector(name, vector, x)
+    channels = shape[1:2]
+    for vector in (running_mean, running_var, weight, bias):
+        if vector is not None and not (
+            vector.shape == channels and vector.dtype in dtypes and vector.device == device
+        ):
+            vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
+            name = next((n for n, v in vectors.items() if v is vector), "bias")
+            raise _channel_vector_error(name, vector, x)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: expected both or neither")
     if training:
         if eps <= 0:
             raise ValueError(f"eps: expected a positive number when training, got {eps}")
-        if x.numel() == x.shape[1]:
+        if x.numel() == shape[1]:
             raise ValueError(
                 "Expected more than 1 value per channel when training, "
-                f"got input size {tuple(x.shape)}"
+                f"got input size {tuple(shape)}"
             )
     else:
         if eps < 0:
