@@ -51,7 +51,7 @@ def _triton_interprets() -> bool:
 
 
 @cache
-def _unavailable(name: str, device_type: str) -> str | None:
+def unavailable(name: str, device_type: str) -> str | None:
     """Why backend `name` cannot take tensors on `device_type`, or None if it can."""
     if name == "eager":
         return None
@@ -73,7 +73,7 @@ def _unavailable(name: str, device_type: str) -> str | None:
 def available_backends() -> tuple[str, ...]:
     """The backends that work in this process, best first: `("cuda", "triton", "cpu", "eager")`."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return tuple(n for n in NAMES if any(_unavailable(n, device) is None for device in devices))
+    return tuple(n for n in NAMES if any(unavailable(n, device) is None for device in devices))
 
 
 def _checked_name(name: str) -> str:
@@ -109,7 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @cache
 def _auto(device_type: str) -> str:
-    reasons = {name: _unavailable(name, device_type) for name in KERNELS}
+    reasons = {name: unavailable(name, device_type) for name in KERNELS}
     for name, reason in reasons.items():
         # Interpreted Triton is for tests: it is taken only when asked for by name.
         if reason is None and not (name == "triton" and device_type == "cpu"):
@@ -125,7 +125,7 @@ def _auto(device_type: str) -> str:
 def _select(active: str, device_type: str) -> str:
     if active == "auto":
         return _auto(device_type)
-    if (reason := _unavailable(active, device_type)) is not None:
+    if (reason := unavailable(active, device_type)) is not None:
         raise RuntimeError(f"backend {active!r} cannot take {device_type} tensors: {reason}")
     return active
 

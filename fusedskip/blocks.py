@@ -132,7 +132,7 @@ class Bottleneck(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`; 3x3 convolutions with bias and padding.
+    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`; padded 3x3 convolutions with bias.
 
     Args:
         in_channels, out_channels: where they differ, `shortcut` is a 1x1 convolution.

@@ -2,11 +2,11 @@
 
 Two namespaces hold the same four operators: `fusedskip` is compiled (`csrc/bindings` registers
 the CPU and CUDA kernels), `fusedskip_triton` launches `fusedskip.triton_kernels`. They are private,
-know nothing of autograd, and check only what memory safety needs: `fusedskip.functional` has checked
-the arguments and gives dense tensors of one memory layout.
+know nothing of autograd, and check only what memory safety needs: `fusedskip.functional` has
+checked the arguments and gives dense tensors of one memory layout.
 
-`mask` holds one bit an element, 1 where the gradient passes: `not (out <= 0)`. Its rows are those of
-memory, each padded to whole bytes; see `mask_shape`. A result not asked for has shape (0,).
+`mask` holds one bit an element, 1 where the gradient passes: `not (out <= 0)`. Its rows are those
+of memory, each padded to whole bytes; see `mask_shape`. A result not asked for has shape (0,).
 """
 
 import importlib
@@ -50,7 +50,7 @@ def memory_view(x: Tensor) -> tuple[int, int, int]:
 
 
 def mask_shape(view: tuple[int, int, int]) -> tuple[int, int]:
-    """Shape of the 1-bit mask: a row for each plane of a channel, or for each channels-last pixel."""
+    """Shape of the 1-bit mask: a row for each plane of a channel, or channels-last each pixel."""
     n_outer, n_channels, n_inner = view
     if n_inner == 1:
         return n_outer, (n_channels + 7) // 8

@@ -148,7 +148,7 @@ def test_no_running_statistics(backend, device, function):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_second_forward_before_first_backward(backend, device, function, training):
-    """Statistics belong to the call: a forward in between, which moves the buffers, is no matter."""
+    """Statistics belong to the call: a forward in between may move the buffers."""
     problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device, training=training)
     other = make_problem(function, (4, 5, 3, 3), torch.float64, device=device)
     want = run(problem)

@@ -1,0 +1,1 @@
+"""Speed of fusedskip beside eager and `torch.compile`: `make bench`, then `benchmarks.report`."""

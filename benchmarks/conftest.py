@@ -1,0 +1,82 @@
+"""What the benchmarks share: the environment, interleaved rounds, and the summary at the end."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.runners import DEVICE
+
+RESULTS = pytest.StashKey[list[dict]]()
+Runner = Callable[[], object]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--batch", type=int, default=32, help="batch size of the benchmarks of ops")
+
+
+def pytest_configure(config):
+    config.stash[RESULTS] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def environment() -> None:
+    """On a CPU, one thread a core and a glibc that keeps freed memory."""
+    if DEVICE == "cuda":
+        return
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ or "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        pytest.fail("page faults would drown the kernels: set MALLOC_* as `make bench` does")
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    """Time a runner among its rivals: `measure(run, eager, copy, describe)`.
+
+    A round is copy, eager, copy, run: the machine's mood meets all of them, and both runners find
+    the caches as a copy left them. pytest-benchmark times `run`, as many rounds as its
+    `--benchmark-max-time` allows. `describe(seconds, eager_seconds, copy_seconds)` makes the
+    `extra_info` from the medians.
+    """
+
+    def synchronized(runner: Runner) -> Runner:
+        def run() -> None:
+            runner()
+            torch.cuda.synchronize()
+
+        return run if DEVICE == "cuda" else runner
+
+    def measure(run: Runner, eager: Runner, copy: Runner, describe: Callable[..., dict]) -> None:
+        run, eager, copy = map(synchronized, (run, eager, copy))
+        rivals: dict[Runner, list[float]] = {eager: [], copy: []}
+
+        def time_rivals() -> None:
+            for rival in (copy, eager, copy):
+                start = time.perf_counter()
+                rival()
+                rivals[rival].append(time.perf_counter() - start)
+
+        run()  # compiles, and starts the threads
+        time_rivals()
+        start = time.perf_counter()
+        time_rivals()
+        run()
+        budget = float(request.config.getoption("benchmark_max_time"))
+        rounds = max(5, min(1000, int(budget / (time.perf_counter() - start))))
+        benchmark.pedantic(run, setup=time_rivals, rounds=rounds)
+        if benchmark.enabled:
+            medians = (statistics.median(rivals[rival]) for rival in (eager, copy))
+            benchmark.extra_info |= describe(benchmark.stats.stats.median, *medians)
+            request.config.stash[RESULTS].append(benchmark.extra_info)
+
+    return measure
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if results := config.stash[RESULTS]:
+        terminalreporter.section("speed relative to best eager, geometric mean over the shapes")
+        terminalreporter.write(report.summary(results))

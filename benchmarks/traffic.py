@@ -1,0 +1,98 @@
+"""The traffic model: how much memory each runner must move, in training.
+
+The operations are memory-bound, so bytes over time is what to judge them by. Caches can undercut
+the model, where a second read of a tensor comes from a cache; nothing goes below `floor`, where it
+stays on chip.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Passes over one activation tensor, and over one 1-bit mask."""
+
+    tensors: int
+    masks: int = 0
+
+    def bytes(self, numel: int, itemsize: int) -> float:
+        return self.tensors * numel * itemsize + self.masks * numel / 8
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.tensors + other.tensors, self.masks + other.masks)
+
+
+# eager: torch's kernels, with add_ and relu_ in place. compile: what Inductor makes of them; it
+# saves out, not a mask. fused: stats, apply; bwd_reduce, bwd_apply. floor: no tensor is read twice.
+FORWARD = {
+    "batch_norm_add_relu": {
+        "eager": Traffic(8),  # read x twice, write out; read out, residual, write; read out, write
+        "compile": Traffic(4),  # read x; read x, residual, write out
+        "fused": Traffic(4, 1),  # read x; read x, residual, write out, mask
+        "floor": Traffic(3, 1),  # read x, residual, write out, mask
+    },
+    "batch_norm_relu": {
+        "eager": Traffic(5),  # read x twice, write out; read out, write out
+        "compile": Traffic(3),  # read x; read x, write out
+        "fused": Traffic(3),  # read x; read x, write out
+        "floor": Traffic(2),  # read x, write out
+    },
+    "add_relu": {
+        "eager": Traffic(5),  # read x, residual, write out; read out, write out
+        "compile": Traffic(3),  # read x, residual, write out
+        "fused": Traffic(3, 1),  # read x, residual, write out, mask
+        "floor": Traffic(3, 1),
+    },
+}
+BACKWARD = {
+    "batch_norm_add_relu": {
+        "eager": Traffic(8),  # read dout, out, write g; read g, x; read g, x, write dx
+        "compile": Traffic(8),  # read dout, out, x; read dout, out, x, write dx, dresidual
+        "fused": Traffic(6, 2),  # read dout, mask, x; read dout, mask, x, write dx, dresidual
+        "floor": Traffic(4, 1),  # read dout, mask, x, write dx, dresidual
+    },
+    "batch_norm_relu": {
+        "eager": Traffic(8),  # read dout, out, write g; read g, x; read g, x, write dx
+        "compile": Traffic(7),  # read dout, out, x; read dout, out, x, write dx
+        "fused": Traffic(5),  # read dout, x; read dout, x, write dx
+        "floor": Traffic(3),  # read dout, x, write dx
+    },
+    "add_relu": {
+        "eager": Traffic(3),  # read dout, out, write dx, which is dresidual too
+        "compile": Traffic(3),
+        "fused": Traffic(2, 1),  # read dout, mask, write dx
+        "floor": Traffic(2, 1),
+    },
+}
+
+
+def figures(
+    function: str,
+    runner: str,
+    shape: tuple[int, ...],
+    itemsize: int,
+    seconds: float,
+    eager_seconds: float,
+    copy_seconds: float,
+) -> dict[str, float]:
+    """What a measured forward and backward pass says about `runner`, for `extra_info`.
+
+    Args:
+        runner: `"eager"`, `"compile"`, or a backend of fusedskip.
+        seconds, eager_seconds, copy_seconds: medians; the copy is of one tensor.
+    """
+    row = runner if runner in ("eager", "compile") else "fused"
+    passes = {name: FORWARD[function][name] + BACKWARD[function][name] for name in (row, "floor")}
+    numel = math.prod(shape)
+    moved, floor = (passes[name].bytes(numel, itemsize) for name in (row, "floor"))
+    copy_bandwidth = Traffic(2).bytes(numel, itemsize) / copy_seconds  # read, write
+    return {
+        "ms": 1e3 * seconds,
+        "bytes": moved,
+        "gb_s": moved / seconds / 1e9,
+        "copy_gb_s": copy_bandwidth / 1e9,
+        "copy_share": moved / seconds / copy_bandwidth,
+        "over_floor": seconds * copy_bandwidth / floor,
+        "speed": eager_seconds / seconds,
+    }

@@ -1,0 +1,132 @@
+"""The self-check of `python -m fusedskip`: every public function on one backend, against fp64.
+
+A small odd shape in both layouts, training and evaluation, forward and backward. A result may be
+twice as far from fp64 as eager's own result in the same dtype, and a few roundings further.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedskip import backends, functional, ops
+
+_SHAPE = (3, 13, 5, 7)
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+_LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# Mean, variance, rstd, coefficients, product, sum: about so many roundings in a row, each of which
+# eager may have escaped by luck. In fp64, where eager is the reference, no more is allowed.
+_ROUNDINGS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One public function on one kind of input."""
+
+    function: str
+    dtype: torch.dtype
+    layout: torch.memory_format
+    training: bool
+
+    def __str__(self) -> str:
+        mode = "training" if self.training else "evaluation"
+        words = (self.function, self.dtype, self.layout, mode)
+        return " ".join(str(word).removeprefix("torch.") for word in words)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one backend did: the number of cases, and a line for each one that is wrong."""
+
+    n_cases: int
+    failures: list[str]
+
+
+def devices(backend: str) -> list[str]:
+    """The device types whose tensors `backend` takes here."""
+    present = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [device for device in present if backends.unavailable(backend, device) is None]
+
+
+def check(backend: str) -> Result:
+    """Check `backend` on every device whose tensors it takes."""
+    runs = list(itertools.product(devices(backend), _cases()))
+    failures = [
+        f"{case} on {device}: {error}"
+        for device, case in runs
+        if (error := _error(case, backend, device)) is not None
+    ]
+    return Result(len(runs), failures)
+
+
+def _cases() -> Iterator[Case]:
+    for dtype, layout in itertools.product(_DTYPES, _LAYOUTS):
+        yield Case("add_relu", dtype, layout, training=True)
+        for function in ("batch_norm_relu", "batch_norm_add", "batch_norm_add_relu"):
+            for training in (True, False):
+                yield Case(function, dtype, layout, training)
+
+
+def _error(case: Case, backend: str, device: str) -> str | None:
+    """What is wrong with the results of `backend`, or None."""
+    inputs = _inputs(case, device)
+    exact = _run(case, {name: tensor.double() for name, tensor in inputs.items()}, "eager")
+    eager = _run(case, inputs, "eager")
+    try:
+        ours = _run(case, inputs, backend)
+    except Exception as error:  # of any kind: a compiler's, a driver's, our own
+        return f"{type(error).__name__}: {error}"
+    rounding = torch.finfo(ops.statistics_dtype(case.dtype)).eps
+    for name, reference in exact.items():
+        distance = _distance(ours[name], reference)
+        atol = _ROUNDINGS * rounding * float(reference.abs().max())
+        allowed = 2 * _distance(eager[name], reference) + atol
+        if not distance <= allowed:  # a NaN is wrong too
+            return f"{name} is {distance:.1e} from fp64, allowed {allowed:.1e}"
+    return None
+
+
+def _distance(result: Tensor, reference: Tensor) -> float:
+    return float((result.double() - reference).abs().max())
+
+
+def _inputs(case: Case, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    channels, parameters = _SHAPE[1:2], ops.statistics_dtype(case.dtype)
+    activations = {
+        name: normal(_SHAPE, case.dtype).contiguous(memory_format=case.layout)
+        for name in ("x", "residual", "dout")
+    }
+    return {
+        **activations,
+        "weight": normal(channels, parameters),
+        "bias": normal(channels, parameters),
+        "running_mean": normal(channels, parameters),
+        "running_var": normal(channels, parameters).square() + 0.5,
+    }
+
+
+def _run(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
+    """The output, every gradient, and the running buffers afterwards, by name."""
+    tensors = {name: tensor.clone() for name, tensor in inputs.items()}
+    names = {
+        "add_relu": ["x", "residual"],
+        "batch_norm_relu": ["x", "weight", "bias"],
+    }.get(case.function, ["x", "residual", "weight", "bias"])
+    arguments: dict[str, Any] = {name: tensors[name].requires_grad_() for name in names}
+    buffers = {}
+    if case.function != "add_relu":
+        buffers = {name: tensors[name] for name in ("running_mean", "running_var")}
+        arguments |= buffers | {"training": case.training}
+    with backends.use_backend(backend):
+        out: Tensor = getattr(functional, case.function)(**arguments)
+    gradients = torch.autograd.grad(out, [tensors[name] for name in names], tensors["dout"])
+    named = {f"d{name}": grad for name, grad in zip(names, gradients, strict=True)}
+    return {"out": out.detach(), **named, **buffers}
