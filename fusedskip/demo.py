@@ -305,10 +305,8 @@ def _plot(curves: Comparison, output: Path) -> None:
 
 def _time_resnet50() -> None:
     """Time training steps of ResNet-50 on synthetic images, in bf16 by autocast."""
-    steps, batch = (
-        20,
-        (torch.randn(64, 3, 224, 224, device="cuda"), torch.arange(64, device="cuda")),
-    )
+    steps = 20
+    batch = torch.randn(64, 3, 224, 224, device="cuda"), torch.arange(64, device="cuda")
     eager, fused, _ = _runs(Autocast(resnet50()).cuda(), steps)
     _train([eager, fused], itertools.repeat(batch, steps), steps)
     _print_table("ResNet-50, 64 synthetic images of 224x224, bf16", eager, fused, batch, None)

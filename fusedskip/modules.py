@@ -5,6 +5,7 @@ They subclass `nn.BatchNorm1d/2d/3d`: constructors, parameters, buffers, state_d
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import functional
 
@@ -107,6 +108,7 @@ def norm_add_act(
         and type(act) is nn.ReLU
         and _is_plain(norm)
         and _is_plain(act)
+        and not _has_any_global_hook()
         and (residual is None or residual.dtype == x.dtype)
     ):
         return _forward(norm, x, residual, relu=True)  # type: ignore[arg-type]

@@ -229,6 +229,16 @@ class TestGuard:
         block.relu.register_full_backward_hook(lambda *_: seen.append("relu"))
         assert fused_calls(monkeypatch, block, self.x) == 0
 
+    def test_global_hooks_fire(self, monkeypatch, block):
+        seen = []
+        hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+        try:
+            assert fused_calls(monkeypatch, block, self.x) == 0
+        finally:
+            hook.remove()
+        assert seen.count(nn.BatchNorm2d) == 2
+        assert fused_calls(monkeypatch, block, self.x) == 2
+
     def test_patched_forward(self, monkeypatch, block):
         block.bn1.forward = lambda x: x * 0
         assert fused_calls(monkeypatch, block, self.x) == 1
