@@ -68,12 +68,12 @@ def merge_moments(
 ):  # fmt: skip
     """Mean and M2 of whole channels, [len(channels)]: Chan's formula, for all splits at once."""
     means = load_partials(partials_ptr, 0, channels, n_splits, n_channels, BLOCK_SPLITS)
-    m2s = load_partials(partials_ptr, 1, channels, n_splits, n_channels, BLOCK_SPLITS)
     splits = tl.arange(0, BLOCK_SPLITS)
     counts = split_counts(splits, n_splits, n_positions, BLOCK_POSITIONS)
     counts = tl.where(splits < n_splits, counts, 0).to(dtype)[:, None]
     mean = tl.sum(counts * means, axis=0) / n_positions.to(dtype)
     deviation = means - mean[None, :]
+    m2s = load_partials(partials_ptr, 1, channels, n_splits, n_channels, BLOCK_SPLITS)
     m2 = tl.sum(m2s + counts * deviation * deviation, axis=0)
     return load_origin(x_ptr, channels, n_channels, n_inner, dtype) + mean, m2
 
