@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 EXTENSION := fusedskip/_C.abi3.so
 CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help build demo test lint format bench wheel clean
+.PHONY: help build demo test lint format bench gpu wheel clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
@@ -49,6 +49,11 @@ bench: build  ## measure speed; SAVE=name also writes benchmarks/results/name.js
 	MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
 	python -m pytest benchmarks --benchmark-enable --benchmark-only \
 	    $(if $(SAVE),--benchmark-json=benchmarks/results/$(SAVE).json)
+
+# Without .venv and network: $(PYTHON) holds torch, and the package is installed there, editable.
+gpu: OUT ?= gpu-results
+gpu:  ## build, test and measure on this machine's GPU; OUT=dir is where the results go
+	$(PYTHON) -m benchmarks.gpu '$(OUT)'
 
 wheel: $(INSTALLED)  ## build dist/*.tar.gz and, from it, dist/*.whl
 	python -m build --no-isolation

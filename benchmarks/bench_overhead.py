@@ -1,5 +1,6 @@
 """What a call costs where the tensor is too small to matter, beside eager's three calls."""
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -30,10 +31,13 @@ def bench_overhead(benchmark, measure, shape, passes, layout, runner):
     case = {"function": f"{function}, {passes}", "shape": shape, "layout": layout, "dtype": "fp32"}
     benchmark.group = f"{CALLS} calls of {' '.join(case.values())}"
     inputs = runners.Inputs.random(tuple(map(int, shape.split("x"))), layout, "fp32")
+    run, eager = (
+        repeated(functools.partial(PASSES[passes](r, function), inputs)) for r in (runner, "eager")
+    )
     with fusedskip.use_backend(runner if runner in runners.BACKENDS else "auto"):
         measure(
-            repeated(PASSES[passes](runner, function, inputs)),
-            eager=repeated(PASSES[passes]("eager", function, inputs)),
+            run,
+            eager,
             copy=lambda: None,
             describe=lambda seconds, eager_seconds, _: {
                 **case,

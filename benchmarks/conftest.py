@@ -12,11 +12,11 @@ from benchmarks import report
 from benchmarks.runners import DEVICE
 
 RESULTS = pytest.StashKey[list[dict]]()
-Runner = Callable[[], object]
+Call = Callable[[], object]
 
 
 def pytest_addoption(parser):
-    parser.addoption("--batch", type=int, default=32, help="batch size of the benchmarks of ops")
+    parser.addoption("--batch", type=int, help="batch size, instead of each shape's own")
 
 
 def pytest_configure(config):
@@ -33,38 +33,61 @@ def environment() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
+class Instant:
+    """A moment in the work of a GPU; the difference of two is the seconds between them."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Instant") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+CLOCK = {"cpu": time.perf_counter, "cuda": Instant}[DEVICE]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+
+
 @pytest.fixture
 def measure(benchmark, request):
     """Time a runner among its rivals: `measure(run, eager, copy, describe)`.
 
     A round is copy, eager, copy, run: the machine's mood meets all of them, and both runners find
-    the caches as a copy left them. pytest-benchmark times `run`, as many rounds as its
-    `--benchmark-max-time` allows. `describe(seconds, eager_seconds, copy_seconds)` makes the
-    `extra_info` from the medians.
+    the caches as a copy left them; `before` is called ahead of each. pytest-benchmark times `run`,
+    as many rounds as its `--benchmark-max-time` allows. `describe(seconds, eager_seconds,
+    copy_seconds)` makes the `extra_info` from the medians.
     """
 
-    def synchronized(runner: Runner) -> Runner:
-        def run() -> None:
-            runner()
-            torch.cuda.synchronize()
+    def measure(
+        run: Call,
+        eager: Call,
+        copy: Call,
+        describe: Callable[..., dict],
+        before: Call = lambda: None,
+    ) -> None:
+        rivals: dict[Call, list[float]] = {eager: [], copy: []}
 
-        return run if DEVICE == "cuda" else runner
-
-    def measure(run: Runner, eager: Runner, copy: Runner, describe: Callable[..., dict]) -> None:
-        run, eager, copy = map(synchronized, (run, eager, copy))
-        rivals: dict[Runner, list[float]] = {eager: [], copy: []}
+        def seconds(call: Call) -> float:
+            before()
+            start = CLOCK()
+            call()
+            return CLOCK() - start
 
         def time_rivals() -> None:
             for rival in (copy, eager, copy):
-                start = time.perf_counter()
-                rival()
-                rivals[rival].append(time.perf_counter() - start)
+                rivals[rival].append(seconds(rival))
+            before()
 
-        run()  # compiles, and starts the threads
+        seconds(run)  # compiles, and starts the threads
         time_rivals()
         start = time.perf_counter()
         time_rivals()
-        run()
+        seconds(run)
         budget = float(request.config.getoption("benchmark_max_time"))
         rounds = max(5, min(1000, int(budget / (time.perf_counter() - start))))
         benchmark.pedantic(run, setup=time_rivals, rounds=rounds)

@@ -9,16 +9,27 @@ from statistics import geometric_mean
 
 COLUMNS = {
     "ms": ("ms", "{:.3f}"),
+    "us": ("µs", "{:.1f}"),
     "gb_s": ("GB/s", "{:.1f}"),
     "copy_share": ("of copy", "{:.0%}"),
     "over_floor": ("over floor", "{:.2f}"),
     "speed": ("vs eager", "{:.2f}"),
+    "vs_compile": ("vs compile", "{:.2f}"),
 }
+CPU_COLUMNS = ("ms", "gb_s", "copy_share", "over_floor", "speed")
+GPU_COLUMNS = ("us", "gb_s", "copy_share", "speed", "vs_compile")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def results_of(measured: dict) -> list[dict]:
+    """What was measured to the end: an interrupted benchmark says nothing of itself."""
+    return [
+        benchmark["extra_info"] for benchmark in measured["benchmarks"] if benchmark["extra_info"]
+    ]
 
 
 def summary(results: list[dict]) -> str:
@@ -39,20 +50,23 @@ def summary(results: list[dict]) -> str:
     return markdown(["operation", "layout", "dtype", *runners], rows)
 
 
-def details(results: list[dict]) -> str:
+def details(results: list[dict], columns: Sequence[str] = CPU_COLUMNS) -> str:
     """Every measurement, a row each."""
     names = ("function", "shape", "layout", "dtype", "runner")
-    rows = [
-        [
-            *(result[name] for name in names),
-            *(
-                text.format(result[key]) if key in result else ""
-                for key, (_, text) in COLUMNS.items()
-            ),
-        ]
-        for result in results
-    ]
-    return markdown([*names, *(title for title, _ in COLUMNS.values())], rows)
+
+    def case(result: dict) -> tuple[str, ...]:
+        return tuple(result[name] for name in names[:-1])
+
+    # Each is relative to the eager beside it: so is what they are compared by.
+    compiled = {case(r): r["speed"] for r in results if r["runner"] == "compile"}
+    rows = []
+    for result in results:
+        figures = {**result, "us": 1e3 * result["ms"]}
+        if case(result) in compiled:
+            figures["vs_compile"] = result["speed"] / compiled[case(result)]
+        cells = (COLUMNS[key][1].format(figures[key]) if key in figures else "" for key in columns)
+        rows.append([*case(result), result["runner"], *cells])
+    return markdown([*names, *(COLUMNS[key][0] for key in columns)], rows)
 
 
 def main() -> None:
@@ -60,7 +74,7 @@ def main() -> None:
     parser.add_argument("results", type=Path, help="written by pytest --benchmark-json")
     measured = json.loads(parser.parse_args().results.read_text())
     machine, commit = measured["machine_info"], measured["commit_info"]
-    results = [benchmark["extra_info"] for benchmark in measured["benchmarks"]]
+    results = results_of(measured)
     print(
         f"{machine['cpu']['brand_raw']}, {machine['cpu']['count']} cores; commit {commit['id']}, "
         f"{measured['datetime']:.10}.\n\n"

@@ -1,6 +1,8 @@
-"""The runners: one training forward of an operation as eager, Inductor and fusedskip have it."""
+"""The runners: one training step of an operation as eager, Inductor and fusedskip have it."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,18 +29,30 @@ class Inputs(NamedTuple):
     running_var: Tensor
     weight: Tensor
     bias: Tensor
+    dout: Tensor
+    copied: Tensor  # as large as x, for a copy of it
 
     @staticmethod
     def random(shape: tuple[int, ...], layout: str, dtype: str) -> "Inputs":
-        activations = (
-            torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype])
-            .contiguous(memory_format=LAYOUTS[layout])
-            .requires_grad_()
-            for _ in range(2)
+        x, residual, dout, copied = (
+            torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]).contiguous(
+                memory_format=LAYOUTS[layout]
+            )
+            for _ in range(4)
         )
         buffers = (torch.ones(shape[1], device=DEVICE) for _ in range(2))
         parameters = (torch.ones(shape[1], device=DEVICE, requires_grad=True) for _ in range(2))
-        return Inputs(*activations, *buffers, *parameters)
+        return Inputs(
+            x.requires_grad_(), residual.requires_grad_(), *buffers, *parameters, dout, copied
+        )
+
+    @staticmethod
+    def rotation(shape: tuple[int, ...], layout: str, dtype: str) -> "list[Inputs]":
+        """So many inputs that, taken in turn, none is found in the L2 cache of a GPU."""
+        l2 = torch.cuda.get_device_properties(0).L2_cache_size if DEVICE == "cuda" else 0
+        set_size = 3 * math.prod(shape) * DTYPES[dtype].itemsize  # x, residual, dout
+        n_sets = max(1, math.ceil(4 * l2 / set_size))
+        return [Inputs.random(shape, layout, dtype) for _ in range(n_sets)]
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -46,7 +60,7 @@ class Inputs(NamedTuple):
 
 
 def eager(function: str, inputs: Inputs) -> Tensor:
-    x, residual, *rest = inputs
+    x, residual, *rest = inputs[:6]
     if function == "add_relu":
         return reference.add_relu(x, residual)
     added = residual if function == "batch_norm_add_relu" else None
@@ -54,7 +68,7 @@ def eager(function: str, inputs: Inputs) -> Tensor:
 
 
 def fused(function: str, inputs: Inputs) -> Tensor:
-    x, residual, *rest = inputs
+    x, residual, *rest = inputs[:6]
     if function == "add_relu":
         return fusedskip.add_relu(x, residual)
     if function == "batch_norm_relu":
@@ -62,17 +76,28 @@ def fused(function: str, inputs: Inputs) -> Tensor:
     return fusedskip.batch_norm_add_relu(x, residual, *rest, training=True)
 
 
-def forward(runner: str, function: str, inputs: Inputs) -> Callable[[], Tensor]:
+def forward(runner: str, function: str) -> Callable[[Inputs], Tensor]:
     """The forward pass of `runner`: `"eager"`, `"compile"`, or a backend that is in use."""
     if runner == "compile":
         torch._dynamo.reset()  # or it would give up on the shapes that follow
-        compiled = torch.compile(eager, fullgraph=True, dynamic=False)
-        return lambda: compiled(function, inputs)
-    call = eager if runner == "eager" else fused
-    return lambda: call(function, inputs)
+        return partial(torch.compile(eager, fullgraph=True, dynamic=False), function)
+    return partial(eager if runner == "eager" else fused, function)
 
 
-def forward_backward(runner: str, function: str, inputs: Inputs) -> Callable[[], object]:
+def forward_backward(runner: str, function: str) -> Callable[[Inputs], object]:
     """The forward and backward pass of `runner`, with gradients for all that has an influence."""
-    run, dout = forward(runner, function, inputs), torch.randn_like(inputs.x)
-    return lambda: torch.autograd.grad(run(), inputs.leaves, dout, allow_unused=True)
+    run = forward(runner, function)
+    return lambda inputs: torch.autograd.grad(
+        run(inputs), inputs.leaves, inputs.dout, allow_unused=True
+    )
+
+
+def copy(inputs: Inputs) -> None:
+    """What bandwidth is measured by."""
+    inputs.copied.copy_(inputs.x.detach())
+
+
+def occupy() -> None:
+    """Give a GPU a millisecond's work: what is launched meanwhile then runs without a gap."""
+    if DEVICE == "cuda":
+        torch.cuda._sleep(2_000_000)  # cycles

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 import fusedskip
+from fusedskip import backends
 
 FUNCTIONS = ("add_relu", "batch_norm_relu", "batch_norm_add", "batch_norm_add_relu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("cpu", "triton")
+BACKENDS = ("cpu", "cuda", "triton")
 LAYOUTS = ("contiguous", "channels_last")
 
 # One element to a few blocks, widths on both sides of every vector width, spatial size 1 and odd.
@@ -27,9 +29,25 @@ SHAPES = (
 
 def device_of(backend):
     """Where the tensors of a backend live; None where this machine has no such device."""
-    if torch.cuda.is_available():
-        return {"cpu": "cpu"}.get(backend, "cuda")
-    return {"cpu": "cpu", "triton": "cpu"}.get(backend)
+    if backend == "cpu" or interpreted(backend):
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def parameter(backend):
+    """A backend to test, skipped where it may be missing: without a GPU, or built without nvcc."""
+    reason = None
+    if device_of(backend) is None:
+        reason = "needs a CUDA device"
+    elif backend == "cuda":
+        reason = backends.unavailable(backend, "cuda")
+    mark = pytest.mark.skipif(reason is not None, reason=f"backend {backend}: {reason}")
+    return pytest.param(backend, marks=mark)
+
+
+def interpreted(backend):
+    """Whether a backend runs in Triton's interpreter, thousands of times slower than compiled."""
+    return backend == "triton" and not torch.cuda.is_available()
 
 
 def lay_out(tensor, layout):
@@ -73,9 +91,14 @@ class Problem:
         tensors = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         return {n: t.clone() for n, t in tensors.items() if t is not None}
 
+    def map(self, function):
+        """The same problem, every tensor replaced."""
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **{name: function(tensor) for name, tensor in tensors.items()})
+
     def double(self):
-        tensors = {n: v.double() for n, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return replace(self, **tensors)
+        """In fp64, on the CPU: the truth is the same one on every machine."""
+        return self.map(lambda tensor: tensor.double().cpu())
 
 
 def make_problem(
@@ -137,7 +160,7 @@ def run(problem):
 
 
 def oracle(problem, out):
-    """The results in fp64 by torch itself, the ReLU's gate being that of `out`.
+    """The results in fp64 by torch itself, on the CPU, the ReLU's gate being that of `out`.
 
     Whether an element within rounding error of zero passes is the forward's to say; that forward is
     held against this one. Backward must then agree with the gate it has announced.
@@ -152,7 +175,7 @@ def oracle(problem, out):
         )  # fmt: skip
     if problem.has_residual:
         pre = pre + leaves["residual"]
-    gate = ~(out <= 0) if problem.has_relu else torch.ones_like(out, dtype=torch.bool)
+    gate = ~(out.cpu() <= 0) if problem.has_relu else torch.ones_like(pre, dtype=torch.bool)
     torch.where(gate, pre, 0).backward(problem.dout)
     out = (pre.relu() if problem.has_relu else pre).detach()
     return {"out": out, **{f"d{name}": leaf.grad for name, leaf in leaves.items()}, **buffers}
@@ -202,6 +225,7 @@ def assert_as_good_as_eager(problem):
     ours = run(problem)
     with fusedskip.use_backend("eager"):
         eager = run(problem)
+    ours, eager = ({n: t.cpu() for n, t in results.items()} for results in (ours, eager))
     truth, eager_truth = oracle(problem, ours["out"]), oracle(problem, eager["out"])
     statistics = torch.float64 if problem.x.dtype == torch.float64 else torch.float32
     scales = term_scales(problem)

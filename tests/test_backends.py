@@ -36,6 +36,20 @@ def test_auto_takes_the_compiled_kernels():
     assert backends.select(torch.ones(1)) == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("working", "best"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")]
+)
+def test_auto_on_a_gpu(monkeypatch, working, best):
+    monkeypatch.setattr(backends, "unavailable", lambda name, _: None if name in working else "no")
+    assert backends._auto.__wrapped__("cuda") == best
+
+
+def test_auto_on_a_gpu_without_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "unavailable", lambda *_: "not here")
+    with pytest.warns(UserWarning, match="runs eagerly on cuda tensors"):
+        assert backends._auto.__wrapped__("cuda") == "eager"
+
+
 def test_use_backend_nests_and_restores():
     x = torch.ones(1)
     with fusedskip.use_backend("eager"):
@@ -98,7 +112,7 @@ def test_without_the_extension_eager_serves_and_says_so_once():
         "print(fusedskip.available_backends())\n"
         "for _ in range(2): print(fusedskip.add_relu(torch.ones(2), torch.ones(2)).tolist())"
     )
-    output = python(code, TRITON_INTERPRET="0")
+    output = python(code, TRITON_INTERPRET="0", CUDA_VISIBLE_DEVICES="")
     assert "('eager',)" in output
     assert output.count("[2.0, 2.0]") == 2
     assert output.count("fusedskip runs eagerly on cpu tensors") == 1

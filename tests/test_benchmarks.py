@@ -1,14 +1,15 @@
-"""The benchmarks count traffic as PERFORMANCE.md does, run, and report."""
+"""The benchmarks count traffic as PERFORMANCE.md does, run, and report; `make gpu` sums up."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from benchmarks import traffic
+from benchmarks import gpu, traffic
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +49,7 @@ def test_benchmarks_run_and_report(tmp_path):
     malloc = {"MALLOC_MMAP_THRESHOLD_": "8000000000", "MALLOC_TRIM_THRESHOLD_": "16000000000"}
     # A run within a worker of xdist would be taken for one, and not measure.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | malloc
+    environment["CUDA_VISIBLE_DEVICES"] = ""  # `make gpu` runs those of a GPU
 
     def run(*arguments):
         process = subprocess.run(
@@ -68,3 +70,42 @@ def test_benchmarks_run_and_report(tmp_path):
     table = run("benchmarks.report", str(results))
     assert "| batch_norm_add_relu | 1x2048x7x7 | nchw | fp32 | eager |" in table
     assert "| batch_norm_add_relu, forward | 1x8x2x2 | nchw | fp32 | eager |" in table
+
+
+def test_part_of_make_gpu(tmp_path):
+    """What became of it, and its last line; one that hangs is stopped."""
+
+    def run(program, seconds=60):
+        part = gpu.Part("tests", tmp_path / "log", 0, [sys.executable, "-c", program])
+        part.run(time.monotonic() + seconds)
+        return part
+
+    assert run("print('= 2 passed =\\n')").last_line == "2 passed"
+    failed = run("print('FAILED test_that\\n1 failed'); exit(1)")
+    assert (failed.result, failed.last_line) == ("failed", "1 failed")
+    assert run("import time; time.sleep(60)", seconds=0.5).result == "failed: out of time"
+
+
+def test_summary_of_make_gpu(tmp_path):
+    log = tmp_path / "tests.txt"
+    log.write_text("FAILED test_that\n1 failed, 7 passed\n")
+    parts = [
+        gpu.Part("tests", log, 0, [], result="failed", seconds=3, last_line="1 failed, 7 passed"),
+        gpu.Part("memcheck", tmp_path / "memcheck.txt", 0, [], result="not run: no CUDA device"),
+    ]
+    case = {"function": "add_relu", "shape": "8x64", "layout": "nchw", "dtype": "bf16"}
+    figures = {"ms": 0.5, "gb_s": 2000.0, "copy_gb_s": 2500.0, "copy_share": 0.8}
+    results = [
+        {**case, "runner": "compile", **figures, "speed": 1.5},
+        {**case, "runner": "cuda", **figures, "speed": 1.8},
+    ]
+    text = gpu.summary({"card": "H100", "torch": "2.11"}, parts, results)
+    for line in (
+        "| H100 | 2.11 |",
+        "| tests | failed | 3 | 1 failed, 7 passed |",
+        "| memcheck | not run: no CUDA device | 0 |  |",
+        "- `FAILED test_that`",
+        "A copy reached up to 2500 GB/s.",
+        "| add_relu | 8x64 | nchw | bf16 | cuda | 500.0 | 2000.0 | 80% | 1.80 | 1.20 |",
+    ):
+        assert line in text

@@ -1,8 +1,10 @@
 """The blocks against their eager twins: values, gradients, buffers, checkpoints."""
 
 import copy
+import importlib.util
 import itertools
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +13,19 @@ from torch import nn
 import fusedskip
 from fusedskip import blocks
 
-# torchvision's compiled operators need its own build of torch; its models do not.
-_torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
-for _name in ("nms", "qnms"):
-    _torchvision_operators.define(
-        f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+# torchvision's compiled operators need its own build of torch; its models do not, but for names.
+try:
+    torch.ops.load_library(
+        *Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*.so")
     )
+except OSError:
+    _torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _torchvision_operators.define(
+            f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        )
 
-from torchvision.models import resnet as torchvision_resnet  # noqa: E402
+from torchvision.models import resnet as torchvision_resnet
 
 
 class EagerResidualBlock(nn.Module):

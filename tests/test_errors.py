@@ -7,7 +7,7 @@ import torch
 
 import fusedskip
 
-from .support import FUNCTIONS, call, make_problem
+from .support import BACKENDS, FUNCTIONS, call, make_problem
 
 NORM_FUNCTIONS = FUNCTIONS[1:]
 SHAPE = (2, 3, 4, 5)
@@ -22,7 +22,7 @@ def assert_refused(problem, error, text, **replaced):
     assert all(torch.equal(buffers[name], before[name]) for name in buffers)
 
 
-@pytest.fixture(params=["cpu", "triton", "eager"])
+@pytest.fixture(params=[*BACKENDS, "eager"])
 def anywhere(request):
     """The checks stand before the backends; eager refuses what the kernels refuse."""
     with fusedskip.use_backend(request.param):
@@ -73,7 +73,7 @@ def test_sparse_x(function):
         make_problem(function, SHAPE),
         TypeError,
         "x: expected a strided tensor, got layout torch.sparse_coo",
-        x=torch.ones(SHAPE).to_sparse(),
+        x=torch.empty(SHAPE, layout=torch.sparse_coo),
     )
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .support import FUNCTIONS, LAYOUTS, call, make_problem
+from .support import FUNCTIONS, LAYOUTS, call, interpreted, make_problem
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -11,7 +11,7 @@ from .support import FUNCTIONS, LAYOUTS, call, make_problem
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_gradcheck(backend, device, function, layout, training, affine):
-    shape = (2, 3, 2, 3) if backend != "triton" else (2, 2, 2, 2)  # interpreted, it is slow
+    shape = (2, 2, 2, 2) if interpreted(backend) else (2, 3, 2, 3)
     problem = make_problem(function, shape, torch.float64, layout, device, training, affine)
     leaves = problem.leaves()
 

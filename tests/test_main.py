@@ -38,7 +38,11 @@ def without_triton(monkeypatch):
 
 @pytest.fixture
 def demo(monkeypatch, tmp_path):
-    """A few steps of the demo in this process; returns the exit code and the path of the plot."""
+    """A few steps of the demo in this process; returns the exit code and the path of the plot.
+
+    On the CPU: the demo of a GPU, which times a ResNet-50, is in test_gpu.py.
+    """
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "8000000000")  # or it would start anew
     plot = tmp_path / "plot.png"
     return lambda: (main(["demo", "--steps", "3", "--output", str(plot)]), plot)
@@ -82,7 +86,7 @@ def test_info_without_the_extension():
         "import sys; sys.modules['fusedskip._C'] = None\n"
         "from fusedskip.__main__ import main; sys.exit(main([]))"
     )
-    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )

@@ -1,6 +1,7 @@
 """The modules against nn.BatchNorm*d followed by add and ReLU, through training and evaluation."""
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -23,7 +24,7 @@ OPTIONS = (
     {"affine": False},
     {"track_running_stats": False},
     {"eps": 1e-2, "momentum": 0.3},
-    {"bias": False},
+    *([{"bias": False}] if "bias" in inspect.signature(nn.BatchNorm2d).parameters else []),
 )
 
 

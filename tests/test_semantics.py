@@ -8,7 +8,17 @@ import torch.nn.functional as F
 
 import fusedskip
 
-from .support import DTYPES, FUNCTIONS, LAYOUTS, call, lay_out, make_problem, run
+from .support import (
+    DTYPES,
+    FUNCTIONS,
+    LAYOUTS,
+    assert_as_good_as_eager,
+    call,
+    interpreted,
+    lay_out,
+    make_problem,
+    run,
+)
 
 RELU_FUNCTIONS = [f for f in FUNCTIONS if f != "batch_norm_add"]
 NORM_FUNCTIONS = FUNCTIONS[1:]
@@ -16,13 +26,15 @@ SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0)
 
 
 def eagerly(problem):
+    """The results of eager on the CPU: torch's own kernels for GPUs treat Inf each in its way."""
     with fusedskip.use_backend("eager"):
-        return run(problem)
+        return run(problem.map(torch.Tensor.cpu))
 
 
 def assert_same(ours, eager, names=None, **tolerance):
     for name in names or ours:
-        torch.testing.assert_close(ours[name], eager[name], equal_nan=True, msg=name, **tolerance)
+        got, want = ours[name].cpu(), eager[name]
+        torch.testing.assert_close(got, want, equal_nan=True, msg=name, **tolerance)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -52,7 +64,7 @@ def test_special_gradients_stop_at_a_closed_gate(backend, device, function, dtyp
         if name in ours:
             assert torch.all(ours[name][closed] == 0)
             assert not torch.isfinite(ours[name][~closed]).any()
-    assert torch.equal(closed, eager["out"] == 0)
+    assert torch.equal(closed.cpu(), eager["out"] == 0)
     assert_same(ours, eager, [n for n in ("dx", "dresidual") if n in ours])
 
 
@@ -231,18 +243,48 @@ def test_mixed_and_strided_layouts(backend, device, function):
 
 def test_strided_output_follows_the_input(backend, device):
     """A slice of a channels-last tensor gives a channels-last output, as F.batch_norm does."""
-    for x in strided_views((3, 5, 4, 6), torch.float32, device):
+    shape = (3, 5, 4, 6)
+    views = (strided_views(shape, torch.float32, where) for where in (device, "cpu"))
+    for x, on_cpu in zip(*views, strict=True):
         ours = fusedskip.batch_norm_relu(x, None, None, training=True)
-        eager = F.batch_norm(x, None, None, training=True)
+        eager = F.batch_norm(on_cpu, None, None, training=True)
         for memory_format in (torch.contiguous_format, torch.channels_last):
             if eager.is_contiguous(memory_format=memory_format):
                 assert ours.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_unaligned_pointers(backend, device, function, dtype, layout):
+    """Dense tensors that begin one element behind the boundary that wide accesses want."""
+
+    def unaligned(tensor):
+        roomy = tensor.new_empty(tensor.numel() + 1)[1:]
+        return roomy.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
+
+    problem = make_problem(function, (3, 16, 4, 8), dtype, layout, device).map(unaligned)
+    assert problem.x.data_ptr() % 16
+    assert_as_good_as_eager(problem)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_of_backward_is_that_of_forward(backend, device, dtype, layout, training):
+    """Recomputed from x, bit for bit: with dout = 1, dbias counts the outputs above 0."""
+    shape = (4, 9, 3, 5) if interpreted(backend) else (32, 40, 28, 29)
+    problem = make_problem("batch_norm_relu", shape, dtype, layout, device, training)
+    problem.dout.fill_(1)
+    results = run(problem)
+    open_gates = (results["out"] > 0).transpose(0, 1).flatten(1).sum(1)
+    assert torch.equal(results["dbias"], open_gates.float())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_two_runs_are_bitwise_equal(backend, device, function, layout):
-    shape = (6, 5, 9, 11) if backend == "triton" and device == "cpu" else (16, 40, 28, 29)
+    shape = (6, 5, 9, 11) if interpreted(backend) else (16, 40, 28, 29)
     problem = make_problem(function, shape, torch.float32, layout, device)
     first, second = run(problem), run(problem)
     assert all(torch.equal(first[name], second[name]) for name in first)

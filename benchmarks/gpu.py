@@ -1,0 +1,206 @@
+"""`make gpu`: build, test, sanitize and measure on this machine's GPU, and sum it up in Markdown.
+
+It takes the Python that holds torch, and no network. A part that fails does not stop the next, and
+`summary.md` is written anew after each: what was done is there however the run ends.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import CUDA_HOME
+
+from benchmarks import report
+
+ROOT = Path(__file__).parent.parent
+BACKENDS = "import fusedskip; print(*fusedskip.available_backends())"
+GRACE = 15  # seconds in which a part that is out of time may say how far it came
+
+
+@dataclass
+class Part:
+    """A command, and what became of it."""
+
+    name: str
+    log: Path
+    limit: int  # seconds; what earlier parts have left over comes on top
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    obstacle: str | None = None  # why it cannot run here
+    result: str = "not run"
+    seconds: float = 0.0
+    last_line: str = ""
+
+    def run(self, deadline: float) -> None:
+        """Run the command until the deadline of `time.monotonic`."""
+        if self.obstacle:
+            self.result = f"not run: {self.obstacle}"
+            return
+        start = time.monotonic()
+        with self.log.open("ab") as log:
+            offset = log.tell()
+            process = subprocess.Popen(
+                self.command, cwd=ROOT, env=os.environ | self.environment,
+                stdout=log, stderr=subprocess.STDOUT, process_group=0,
+            )  # fmt: skip
+        try:
+            self.result = "failed" if process.wait(deadline - start) else "ok"
+        except subprocess.TimeoutExpired:
+            self.result = "failed: out of time"
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        self.seconds = time.monotonic() - start
+        lines = self.log.read_bytes()[offset:].decode(errors="replace").splitlines()
+        said = next((line for line in reversed(lines) if line.strip()), "").strip("= ")
+        self.last_line = said if len(said) < 100 else f"{said[:97]}..."
+
+
+def plan(out: Path) -> list[Part]:
+    """The parts in their order. Their limits and the grace of the last make nine minutes."""
+    no_gpu = None if torch.cuda.is_available() else "no CUDA device"
+    cores = workers = len(os.sched_getaffinity(0))
+    build = {"FUSEDSKIP_BUILD": "auto", "MAX_JOBS": str(cores)}
+    if not no_gpu:
+        build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
+        memory = torch.cuda.get_device_properties(0).total_memory
+        workers = max(1, min(cores, memory // 2**32))
+    folders = os.environ["PATH"], f"{CUDA_HOME}/bin", f"{CUDA_HOME}/compute-sanitizer"
+    sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+    no_sanitizer = None if sanitizer else "compute-sanitizer is not installed"
+
+    def part(name, log, limit, command, obstacle=None, **environment):
+        argv = [sys.executable, *shlex.split(command)]
+        return Part(name, out / log, limit, argv, environment, obstacle)
+
+    def sanitize(tool: str) -> Part:
+        # No caching: each tensor is an allocation of its own, and a read beyond it is seen.
+        sanitized = part(
+            tool, f"{tool}.txt", 30, "-m tests.sanitize", no_gpu or no_sanitizer,
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+        options = f"--tool={tool} --error-exitcode=1 --target-processes=application-only"
+        sanitized.command[:0] = [str(sanitizer), *options.split()]
+        return sanitized
+
+    # Warnings here are of other versions than those that the project is developed with. What
+    # compiles for every architecture needs no GPU: `make test` has it.
+    pytest_options = {"PYTEST_ADDOPTS": "-W default --ignore-glob=*_*_compile.py"}
+    return [
+        part(
+            "install", "build.txt", 20,
+            "-m pip install --quiet --no-index --no-deps --no-build-isolation --editable .",
+            FUSEDSKIP_BUILD="none", PIP_DISABLE_PIP_VERSION_CHECK="1",
+        ),
+        part("build", "build.txt", 90, "setup.py --quiet build_ext --inplace --force", **build),
+        part("backends", "build.txt", 20, f"-c {shlex.quote(BACKENDS)}"),
+        part(
+            "tests", "tests.txt", 190, f"-m pytest -n {workers} --dist=worksteal -q", no_gpu,
+            OMP_NUM_THREADS="1", **pytest_options,
+        ),
+        sanitize("memcheck"),
+        sanitize("racecheck"),
+        part(
+            "benchmarks", "bench.txt", 130,
+            "-m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-max-time=0.5 "
+            f"--benchmark-json={shlex.quote(str(out))}/bench.json", no_gpu,
+            **pytest_options,
+        ),
+    ]  # fmt: skip
+
+
+def output_of(*command: str) -> str:
+    """The first line that a command prints, or "unknown"."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
+        output = subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL)
+        return output.splitlines()[0]
+    return "unknown"
+
+
+def machine() -> dict[str, str]:
+    """What it ran on. A copy without .git learns its commit from the variable COMMIT."""
+    query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    return {
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "driver": output_of(*query),
+        "torch": torch.__version__,
+        "triton": output_of(sys.executable, "-c", "import triton; print(triton.__version__)"),
+        "commit": os.environ.get("COMMIT") or output_of("git", "describe", "--always", "--dirty"),
+    }
+
+
+def summary(machine: dict[str, str], parts: list[Part], results: list[dict]) -> str:
+    """The Markdown: on what, what became of each part, which tests failed, and how fast it was."""
+    rows = [
+        (part.name, part.result, f"{part.seconds:.0f}", part.last_line.replace("|", "\\|"))
+        for part in parts
+    ]
+    failures = [
+        f"- `{line}`\n"
+        for log in dict.fromkeys(part.log for part in parts if part.log.exists())
+        for line in log.read_text(errors="replace").splitlines()
+        if line.startswith(("FAILED ", "ERROR "))
+    ]
+    text = report.markdown(list(machine), [list(machine.values())])
+    text += "\n" + report.markdown(["part", "result", "seconds", "its last line"], rows)
+    text += "\n" * bool(failures) + "".join(failures)
+    if results:
+        bandwidth = max(result.get("copy_gb_s", 0) for result in results)
+        text += (
+            f"\nMedians, forward and backward. A copy reached up to {bandwidth:.0f} GB/s. GB/s: "
+            "bytes by `benchmarks/traffic.py` over time; of copy: as a share of what a copy of one "
+            "tensor of the case reached in the same rounds.\n\n"
+        )
+        text += report.details(results, report.GPU_COLUMNS)
+    return text
+
+
+def main() -> int:
+    """Run all parts; 1 if one failed, or could not run for want of a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for the results, replacing earlier ones")
+    out = parser.parse_args().out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    measured, parts, facts = out / "bench.json", plan(out), machine()
+    for path in {measured, *(part.log for part in parts)}:
+        path.unlink(missing_ok=True)
+    for name in ("TRITON_INTERPRET", "FUSEDSKIP_BACKEND"):  # each test names its own backend
+        os.environ.pop(name, None)
+    # ninja stands beside the interpreter.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    # Whatever ends this process ends the part under way; and no part starts with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    deadline = time.monotonic()
+    for part in parts:
+        print(f"{part.name} ...", flush=True)
+        deadline += part.limit
+        part.run(deadline)
+        results = []
+        if measured.exists() and measured.stat().st_size:
+            results = report.results_of(json.loads(measured.read_text()))
+        text = summary(facts, parts, results)
+        (out / "summary.md").write_text(text)
+    print(f"\n{text}\nAll of it is in {out}.")
+    if not torch.cuda.is_available():
+        print("There is no CUDA device: tests, sanitizers and benchmarks were not run.")
+        return 1
+    return int(any(part.result.startswith("failed") for part in parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

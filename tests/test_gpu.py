@@ -1,0 +1,232 @@
+"""What only a GPU can show: graphs, streams, launches, sizes, devices."""
+
+import fcntl
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedskip
+from fusedskip import backends
+from fusedskip.__main__ import main
+
+from .support import (
+    FUNCTIONS,
+    LAYOUTS,
+    assert_as_good_as_eager,
+    call,
+    make_problem,
+    parameter,
+    run,
+)
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device", allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(params=map(parameter, ("cuda", "triton")))
+def backend(request):
+    with fusedskip.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def much_memory():
+    """24 GB of the GPU, which one test at a time takes."""
+    with (Path(tempfile.gettempdir()) / "fusedskip-much-memory").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if torch.cuda.mem_get_info()[0] < 24e9:
+            pytest.skip("needs 24 GB of GPU memory")
+        yield
+        torch.cuda.empty_cache()
+
+
+def test_auto_takes_cuda_when_built_else_triton():
+    with fusedskip.use_backend("auto"):
+        built = backends.unavailable("cuda", "cuda") is None
+        assert backends.select(torch.ones(1, device="cuda")) == ("cuda" if built else "triton")
+
+
+def test_cpu_kernels_refuse_a_gpu():
+    x = torch.ones(2, device="cuda")
+    with (
+        fusedskip.use_backend("cpu"),
+        pytest.raises(RuntimeError, match="cannot take cuda tensors: it takes cpu tensors only"),
+    ):
+        fusedskip.add_relu(x, x)
+
+
+@pytest.mark.parametrize("name", ["residual", "weight", "bias", "running_mean", "running_var"])
+def test_tensors_on_different_devices(backend, device, name):
+    problem = make_problem("batch_norm_add_relu", (2, 3, 4, 5), device=device)
+    before = problem.buffers()
+    for here, there in (("cuda:0", "cpu"), ("cpu", "cuda:0")):
+        tensors = {n: t.to(here) for n, t in (problem.leaves() | problem.buffers()).items()}
+        error = f"{name}: expected device {here} like x, got {there}"
+        with pytest.raises(ValueError, match=re.escape(error)):
+            call(problem, **tensors | {name: tensors[name].to(there)})
+        for buffer, value in before.items():
+            assert torch.equal(tensors[buffer], value.to(here))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_graph_capture(backend, device, function):
+    """A captured step, replayed on other inputs, gives what the step itself gives."""
+    problem = make_problem(function, (8, 64, 14, 14), torch.bfloat16, "channels_last", device)
+    leaves, buffers = problem.leaves(), problem.buffers()
+
+    def step():
+        out = call(problem, **leaves, **buffers)
+        return out, *torch.autograd.grad(out, leaves.values(), problem.dout)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # Triton compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for _ in range(2):
+        with torch.no_grad():
+            leaves["x"].normal_()
+        before = {name: buffer.clone() for name, buffer in buffers.items()}
+        graph.replay()
+        got = dict(zip(["out", *(f"d{name}" for name in leaves)], results, strict=True)) | buffers
+        for name, want in run(replace(problem, x=leaves["x"].detach(), **before)).items():
+            assert torch.equal(got[name], want), name
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_current_stream(backend, device, function):
+    """What a slow stream has yet to write is waited for there, and nowhere else."""
+    problem = make_problem(function, (8, 64, 14, 14), torch.bfloat16, "channels_last", device)
+    want = run(problem)
+    late = torch.full_like(problem.x, float("nan"))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(problem.x)
+        got = run(replace(problem, x=late))
+    torch.cuda.current_stream().wait_stream(stream)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_another_than_the_current_device(backend, function):
+    problem = make_problem(function, (8, 64, 14, 14), torch.bfloat16, "channels_last", "cuda:0")
+    want, got = run(problem), run(problem.map(lambda tensor: tensor.to("cuda:1")))
+    assert all(torch.equal(got[name].to("cuda:0"), want[name]) for name in want)
+
+
+def launches(function):
+    """The names of the kernels and memory operations that a call puts on the GPU."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    on_gpu = torch.autograd.DeviceType.CUDA
+    return [event.name for event in profile.events() if event.device_type == on_gpu]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_at_most_two_launches_each_way(backend, device, function, layout):
+    """At 7x7 the launches are the cost: no torch arithmetic stands around them."""
+    problem = make_problem(function, (8, 64, 7, 7), torch.bfloat16, layout, device)
+    leaves, buffers = problem.leaves(), problem.buffers()
+    outs = [call(problem, **leaves, **buffers)]
+    torch.autograd.grad(outs[0], leaves.values(), problem.dout)  # Triton compiles
+    forward = launches(lambda: outs.append(call(problem, **leaves, **buffers)))
+    backward = launches(lambda: torch.autograd.grad(outs[1], leaves.values(), problem.dout))
+    assert 1 <= len(forward) <= 2, forward
+    assert 1 <= len(backward) <= 2, backward
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 56, 56), (32, 2048, 7, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_shapes_that_fill_a_gpu(backend, device, function, layout, dtype, shape):
+    """Few channels of many rows and many of few: against fp64, and two runs bit for bit."""
+    problem = make_problem(function, shape, dtype, layout, device)
+    assert_as_good_as_eager(problem)
+    first, second = run(problem), run(problem)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# (N, H, W, C): 2**31 + 2**20 elements; with one channel also as many positions of a channel.
+HUGE = [((2049, 64, 64, 256), True), ((2049, 64, 64, 256), False), ((2049, 1024, 1024, 1), False)]
+
+
+@pytest.mark.parametrize(("shape", "channels_last"), HUGE)
+@pytest.mark.usefixtures("much_memory")
+def test_more_than_two_to_the_31_elements(backend, device, shape, channels_last):
+    """The statistics of all, and the first and the last elements, forward and backward."""
+    n, height, width, n_channels = shape
+
+    def activation():
+        size = shape if channels_last else (n, n_channels, height, width)
+        tensor = torch.randn(size, dtype=torch.bfloat16, device=device)
+        return tensor.movedim(-1, 1) if channels_last else tensor
+
+    x, dout = activation().requires_grad_(), activation()
+    residual = x.detach()
+    out = fusedskip.add_relu(x, residual)
+    (dx,) = torch.autograd.grad(out, x, dout)
+    for part in (slice(2), slice(-2, None)):
+        assert torch.equal(out[part], (x[part] + residual[part]).relu())
+        assert torch.equal(dx[part], torch.where(out[part] > 0, dout[part], 0))
+    del out, dx
+
+    weight = torch.empty(n_channels, device=device).uniform_(0.5, 1.5).requires_grad_()
+    bias = torch.empty(n_channels, device=device).uniform_(-1, 1).requires_grad_()
+    out = fusedskip.batch_norm_add_relu(x, residual, None, None, weight, bias, training=True)
+    dx, dweight, dbias = torch.autograd.grad(out, (x, weight, bias), dout)
+
+    def per_channel(tensor):
+        return tensor.double().sum((0, 2, 3))
+
+    def wide(vector):
+        return vector.double().view(1, -1, 1, 1)
+
+    with torch.no_grad():
+        parts = [slice(start, start + 32) for start in range(0, n, 32)]
+        count = n * height * width
+        mean = sum(per_channel(x[p]) for p in parts) / count
+        variance = sum(per_channel((x[p] - wide(mean)).square()) for p in parts) / count
+        rstd = (variance + 1e-5).rsqrt()
+        sums = torch.zeros(4, n_channels, dtype=torch.float64, device=device)
+        for p in parts:
+            g, x_hat = torch.where(out[p] > 0, dout[p], 0), (x[p] - wide(mean)) * wide(rstd)
+            g_x_hat = g * x_hat
+            sums += torch.stack([per_channel(t) for t in (g, g_x_hat, g.abs(), g_x_hat.abs())])
+        sum_g, sum_gx, *magnitudes = sums
+        for got, want, terms in zip((dbias, dweight), (sum_g, sum_gx), magnitudes, strict=True):
+            assert torch.all((got - want).abs() <= 4 * torch.finfo(torch.float32).eps * terms)
+        for p in (slice(2), slice(-2, None)):
+            g, x_hat = torch.where(out[p] > 0, dout[p], 0), (x[p] - wide(mean)) * wide(rstd)
+            want = (wide(weight) * x_hat + wide(bias) + residual[p]).relu()
+            through_statistics = (wide(sum_g) + x_hat * wide(sum_gx)) / count
+            want_dx = wide(weight) * wide(rstd) * (g - through_statistics)
+            rtol = torch.finfo(torch.bfloat16).eps
+            torch.testing.assert_close(out[p].double(), want, rtol=rtol, atol=1e-5)
+            torch.testing.assert_close(dx[p].double(), want_dx, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.usefixtures("much_memory")
+def test_demo(capsys, tmp_path):
+    """Its CPU twin is in test_main.py; here it also times a ResNet-50."""
+    plot = tmp_path / "plot.png"
+    assert main(["demo", "--steps", "5", "--output", str(plot)]) == 0
+    assert plot.stat().st_size
+    printed = capsys.readouterr().out
+    assert "The loss curves agree" in printed
+    assert "ResNet-50" in printed
