@@ -7,7 +7,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP_INSTALL := python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 EXTENSION := fusedskip/_C.abi3.so
-CSRC := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+CSRC := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
 .PHONY: help build demo test lint format bench gpu wheel clean
 

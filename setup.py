@@ -24,6 +24,8 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 # -g0: the debug information that Python's own flags ask for is ten times the code.
 CXX_FLAGS = "-O3 -g0 -Wall -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
 NVCC_FLAGS = "-O3 -Xcompiler=-fvisibility=hidden"
+# Where TORCH_CUDA_ARCH_LIST does not say otherwise; later ones compile the last one's PTX.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
 NO_TORCH = """\
 fusedskip is compiled against the torch that it will run with, and there is none: {}
@@ -82,6 +84,7 @@ def extension_args(build):
     extension_class, sources, defines = CppExtension, [], DEFINES
     if build != "cpu" and not missing:
         extension_class, sources, defines = CUDAExtension, cuda_sources, [*DEFINES, "-DUSE_CUDA"]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     extension = extension_class(
         "fusedskip._C",
         sorted(sources + glob("csrc/bindings/*.cpp") + glob("csrc/cpu/*.cpp")),

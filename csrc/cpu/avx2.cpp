@@ -7,6 +7,7 @@
 
 #include <immintrin.h>
 
+#include "kernels.h"
 #include "storage.h"
 
 #if defined(__clang__)

@@ -13,6 +13,7 @@
 #include <memory>
 #include <string_view>
 
+#include "kernels.h"
 #include "parallel.h"
 #include "storage.h"
 
@@ -44,10 +45,6 @@ const InstructionSet kInstructionSet = choose_instruction_set();
 
 const Kernels& kernels(Dtype dtype) { return kInstructionSet.kernels[int(dtype)]; }
 
-int64_t bytes(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
-}
-
 // A pointer moved by elements of a run-time dtype; null stays null.
 template <typename Pointer>
 Pointer advance(Pointer p, int64_t elements, Dtype dtype) {
@@ -61,7 +58,39 @@ Pointer advance_mask(Pointer mask, int64_t n_bytes) {
   return mask ? mask + n_bytes : nullptr;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+double get(const ChannelVector& vector, int64_t c, double absent) {
+  const void* data = vector.data;
+  if (!data) return absent;
+  switch (vector.dtype) {
+    case Dtype::kFloat64:
+      return static_cast<const double*>(data)[c];
+    case Dtype::kFloat32:
+      return static_cast<const float*>(data)[c];
+    case Dtype::kBFloat16:
+      return widen(static_cast<const BFloat16*>(data)[c]);
+    case Dtype::kFloat16:
+      return widen(static_cast<const Float16*>(data)[c]);
+  }
+  __builtin_unreachable();
+}
+
+void set(const ChannelVector& vector, int64_t c, double value) {
+  void* data = vector.data;
+  switch (vector.dtype) {
+    case Dtype::kFloat64:
+      static_cast<double*>(data)[c] = value;
+      return;
+    case Dtype::kFloat32:
+      static_cast<float*>(data)[c] = float(value);
+      return;
+    case Dtype::kBFloat16:
+      static_cast<BFloat16*>(data)[c] = narrow<BFloat16>(value);
+      return;
+    case Dtype::kFloat16:
+      static_cast<Float16*>(data)[c] = narrow<Float16>(value);
+      return;
+  }
+}
 
 struct Tile {
   Runs runs;
@@ -201,7 +230,7 @@ class Coefficients {
 // forward used, to recompute the same mask.
 template <typename S>
 S scale_of(const ChannelVector& weight, int64_t c, S rstd) {
-  return S(weight.get(c, 1)) * rstd;
+  return S(get(weight, c, 1)) * rstd;
 }
 
 template <typename S>
@@ -235,7 +264,7 @@ void forward(const BatchNormForward& args) {
     const double batch_mean = sum / seen, keep = 1 - args.momentum;
     if (args.running_mean.data) {
       const auto update = [&](const ChannelVector& running, double batch) {
-        running.set(c, keep * running.get(c, 0) + args.momentum * batch);
+        set(running, c, keep * get(running, c, 0) + args.momentum * batch);
       };
       update(args.running_mean, batch_mean);
       update(args.running_var, m2 / (seen - 1));
@@ -249,11 +278,11 @@ void forward(const BatchNormForward& args) {
       if (args.training) {
         batch_statistics(c);
       } else {
-        mean[c] = S(args.running_mean.get(c, 0));
-        rstd[c] = S(1 / std::sqrt(args.running_var.get(c, 1) + args.eps));
+        mean[c] = S(get(args.running_mean, c, 0));
+        rstd[c] = S(1 / std::sqrt(get(args.running_var, c, 1) + args.eps));
       }
       scale[c] = scale_of(args.weight, c, rstd[c]);
-      shift[c] = S(args.bias.get(c, 0));
+      shift[c] = S(get(args.bias, c, 0));
     }
   };
 
@@ -277,7 +306,7 @@ void backward(const BatchNormBackward& args) {
   const View view = args.view;
   const Tiling tiling(view, args.dtype);
   const bool needs_apply = args.dx || args.dresidual;
-  const bool reduces = args.need_dparams || (args.training && args.dx);
+  const bool reduces = args.reduces();
   const Partials partials(tiling, reduces);
   const Coefficients<S, 4> coefficients(view.n_channels);
   const S* mean = static_cast<const S*>(args.mean.data);
@@ -291,7 +320,7 @@ void backward(const BatchNormBackward& args) {
   const auto coefficients_of = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       scale[c] = scale_of(args.weight, c, rstd[c]);
-      shift[c] = S(args.bias.get(c, 0));
+      shift[c] = S(get(args.bias, c, 0));
     }
   };
   coefficients_of(0, view.n_channels);
@@ -319,8 +348,8 @@ void backward(const BatchNormBackward& args) {
         sum_gx += partials.second(group, index)[lane];
       }
       const double r = rstd[c];
-      if (args.dweight.data) args.dweight.set(c, r * sum_gx);
-      if (args.dbias.data) args.dbias.set(c, sum_g);
+      if (args.dweight.data) set(args.dweight, c, r * sum_gx);
+      if (args.dbias.data) set(args.dbias, c, sum_g);
       k2[c] = S(-double(scale[c]) * r * r * sum_gx / n);
       k3[c] = S(-double(scale[c]) * sum_g / n);
     }
@@ -342,38 +371,6 @@ void backward(const BatchNormBackward& args) {
 }
 
 }  // namespace
-
-double ChannelVector::get(int64_t c, double absent) const {
-  if (!data) return absent;
-  switch (dtype) {
-    case Dtype::kFloat64:
-      return static_cast<const double*>(data)[c];
-    case Dtype::kFloat32:
-      return static_cast<const float*>(data)[c];
-    case Dtype::kBFloat16:
-      return widen(static_cast<const BFloat16*>(data)[c]);
-    case Dtype::kFloat16:
-      return widen(static_cast<const Float16*>(data)[c]);
-  }
-  __builtin_unreachable();
-}
-
-void ChannelVector::set(int64_t c, double value) const {
-  switch (dtype) {
-    case Dtype::kFloat64:
-      static_cast<double*>(data)[c] = value;
-      return;
-    case Dtype::kFloat32:
-      static_cast<float*>(data)[c] = float(value);
-      return;
-    case Dtype::kBFloat16:
-      static_cast<BFloat16*>(data)[c] = narrow<BFloat16>(value);
-      return;
-    case Dtype::kFloat16:
-      static_cast<Float16*>(data)[c] = narrow<Float16>(value);
-      return;
-  }
-}
 
 void batch_norm(const BatchNormForward& args) {
   args.dtype == Dtype::kFloat64 ? forward<double>(args) : forward<float>(args);

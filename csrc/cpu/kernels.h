@@ -8,10 +8,9 @@
 
 #include <cstdint>
 
-namespace fusedskip::cpu {
+#include "../args.h"
 
-enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
-inline constexpr int kDtypes = 4;
+namespace fusedskip::cpu {
 
 // How a gradient passes the ReLU: freely, by the saved bits, or by the sign of the recomputed
 // output.

@@ -1,31 +1,31 @@
-// fusedskip._C: the compiled operators, bound through LibTorch's stable ABI (torch >= 2.11).
+// The operators, once for every device: checks, allocation, arguments.
 //
 // Schemas stand in fusedskip/ops.py. The arguments come checked by fusedskip.functional; what is
 // checked again here is what memory safety needs of a caller that goes around it.
+//
+// A Device is made of x and launches: batch_norm(args), batch_norm_backward(args), add_relu(...),
+// add_relu_backward(...).
 
-#include <Python.h>
+#pragma once
+
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <array>
 #include <optional>
 #include <tuple>
 
-#include "../cpu/batch_norm.h"
+#include "../args.h"
 
-namespace {
+namespace fusedskip {
 
-using fusedskip::cpu::ChannelVector;
-using fusedskip::cpu::Dtype;
-using fusedskip::cpu::View;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-Dtype dtype_of(const Tensor& tensor) {
+inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Double:
       return Dtype::kFloat64;
@@ -41,8 +41,8 @@ Dtype dtype_of(const Tensor& tensor) {
 }
 
 // Results come straight from the allocator: a trip through the dispatcher costs a microsecond each.
-Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, const int64_t* strides,
-                     int32_t dtype) {
+inline Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes,
+                            const int64_t* strides, int32_t dtype) {
   int32_t device_type;
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
@@ -51,39 +51,43 @@ Tensor empty_strided(const Tensor& like, int64_t dim, const int64_t* sizes, cons
   return Tensor(handle);
 }
 
-int32_t raw_dtype(const Tensor& tensor) {
+inline int32_t raw_dtype(const Tensor& tensor) {
   int32_t dtype;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
-Tensor empty_like(const Tensor& x) {
+inline Tensor empty_like(const Tensor& x) {
   return empty_strided(x, x.dim(), x.sizes().data(), x.strides().data(), raw_dtype(x));
 }
 
-Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
+inline Tensor empty_vector(const Tensor& like, int64_t size, int32_t dtype) {
   const int64_t stride = 1;
   return empty_strided(like, 1, &size, &stride, dtype);
 }
 
-Tensor not_asked_for(const Tensor& x) { return empty_vector(x, 0, raw_dtype(x)); }
+inline Tensor not_asked_for(const Tensor& x) { return empty_vector(x, 0, raw_dtype(x)); }
 
-Tensor empty_mask(const Tensor& x, bool wanted, const View& view) {
+inline Tensor empty_mask(const Tensor& x, bool wanted, const View& view) {
   if (!wanted) return empty_vector(x, 0, aoti_torch_dtype_uint8());
   const int64_t sizes[] = {view.n_rows(), view.mask_row_bytes()}, strides[] = {sizes[1], 1};
   return empty_strided(x, 2, sizes, strides, aoti_torch_dtype_uint8());
 }
 
-uint8_t* mask_data(const Tensor& mask, const View& view) {
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline uint8_t* mask_data(const Tensor& mask, const Tensor& x, const View& view) {
   if (mask.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(mask.numel() == view.n_rows() * view.mask_row_bytes() &&
+  STD_TORCH_CHECK(mask.numel() == view.n_rows() * view.mask_row_bytes() && same_device(mask, x) &&
                       mask.scalar_type() == ScalarType::Byte && mask.is_contiguous(),
                   "mask: not the one that forward returned");
   return static_cast<uint8_t*>(mask.data_ptr());
 }
 
 // See fusedskip.ops.memory_view.
-View view_of(const Tensor& x) {
+inline View view_of(const Tensor& x) {
   const auto sizes = x.sizes(), strides = x.strides();
   int64_t spatial = 1;
   for (int64_t d = 2; d < x.dim(); ++d) spatial *= sizes[d];
@@ -98,9 +102,9 @@ View view_of(const Tensor& x) {
   return {sizes[0] * spatial, sizes[1], 1};
 }
 
-const void* data_like(const Tensor& tensor, const Tensor& x, const char* name) {
+inline const void* data_like(const Tensor& tensor, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(tensor.numel() == x.numel() && tensor.scalar_type() == x.scalar_type() &&
-                      tensor.is_cpu() == x.is_cpu(),
+                      same_device(tensor, x),
                   name, ": expected the shape, dtype, device and memory layout of x");
   for (int64_t d = 0; d < x.dim(); ++d)
     STD_TORCH_CHECK(
@@ -109,123 +113,125 @@ const void* data_like(const Tensor& tensor, const Tensor& x, const char* name) {
   return tensor.data_ptr();
 }
 
-ChannelVector channels(const OptionalTensor& tensor, int64_t n_channels, const char* name) {
-  if (!tensor) return {};
-  STD_TORCH_CHECK(tensor->numel() == n_channels && tensor->dim() == 1 && tensor->is_contiguous(),
-                  name, ": expected one number a channel, contiguous");
-  return {tensor->data_ptr(), dtype_of(*tensor)};
+// Statistics and sums are fp64 for fp64, else fp32.
+inline Dtype statistics_of(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
 }
 
+inline int32_t raw_statistics_dtype(const Tensor& x) {
+  return dtype_of(x) == Dtype::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+inline ChannelVector channels(const OptionalTensor& tensor, const Tensor& x, const char* name) {
+  if (!tensor) return {};
+  const Dtype dtype = dtype_of(*tensor);
+  STD_TORCH_CHECK(tensor->numel() == x.size(1) && tensor->dim() == 1 && tensor->is_contiguous() &&
+                      same_device(*tensor, x),
+                  name, ": expected one number a channel, contiguous, on the device of x");
+  STD_TORCH_CHECK(dtype == dtype_of(x) || dtype == statistics_of(dtype_of(x)), name,
+                  ": expected the dtype of x or that of its statistics");
+  return {tensor->data_ptr(), dtype};
+}
+
+template <typename Device>
 std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool save_mask) {
+  const Device device(x);
   const View flat{1, 1, x.numel()};
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, flat);
-  fusedskip::cpu::add_relu(dtype_of(x), x.numel(), x.data_ptr(), data_like(residual, x, "residual"),
-                           out.data_ptr(), mask_data(mask, flat));
+  device.add_relu(dtype_of(x), x.numel(), x.data_ptr(), data_like(residual, x, "residual"),
+                  out.data_ptr(), mask_data(mask, x, flat));
   return {out, mask};
 }
 
+template <typename Device>
 Tensor add_relu_backward(const Tensor& dout, const Tensor& mask) {
+  const Device device(dout);
   Tensor dx = empty_like(dout);
-  const uint8_t* bits = mask_data(mask, {1, 1, dout.numel()});
+  const uint8_t* bits = mask_data(mask, dout, {1, 1, dout.numel()});
   STD_TORCH_CHECK(bits, "mask: expected one, got none");
-  fusedskip::cpu::add_relu_backward(dtype_of(dout), dout.numel(), dout.data_ptr(), bits,
-                                    dx.data_ptr());
+  device.add_relu_backward(dtype_of(dout), dout.numel(), dout.data_ptr(), bits, dx.data_ptr());
   return dx;
 }
 
+template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(
     const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, bool training, double momentum, double eps, bool relu,
     bool save_mask) {
+  const Device device(x);
   const View view = view_of(x);
-  const int64_t n_channels = view.n_channels;
-  const Dtype dtype = dtype_of(x);
-  const bool fp64 = dtype == Dtype::kFloat64;
-  const int32_t statistics = fp64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  const int32_t statistics = raw_statistics_dtype(x);
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, view);
-  Tensor mean = empty_vector(x, n_channels, statistics);
-  Tensor rstd = empty_vector(x, n_channels, statistics);
+  Tensor mean = empty_vector(x, view.n_channels, statistics);
+  Tensor rstd = empty_vector(x, view.n_channels, statistics);
   STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics: expected");
-  fusedskip::cpu::batch_norm({
+  device.batch_norm({
       .view = view,
-      .dtype = dtype,
+      .dtype = dtype_of(x),
       .x = x.data_ptr(),
       .residual = residual ? data_like(*residual, x, "residual") : nullptr,
-      .weight = channels(weight, n_channels, "weight"),
-      .bias = channels(bias, n_channels, "bias"),
-      .running_mean = channels(running_mean, n_channels, "running_mean"),
-      .running_var = channels(running_var, n_channels, "running_var"),
+      .weight = channels(weight, x, "weight"),
+      .bias = channels(bias, x, "bias"),
+      .running_mean = channels(running_mean, x, "running_mean"),
+      .running_var = channels(running_var, x, "running_var"),
       .training = training,
       .relu = relu,
       .momentum = momentum,
       .eps = eps,
       .out = out.data_ptr(),
-      .mask = mask_data(mask, view),
-      .mean = channels(mean, n_channels, "mean"),
-      .rstd = channels(rstd, n_channels, "rstd"),
+      .mask = mask_data(mask, x, view),
+      .mean = channels(mean, x, "mean"),
+      .rstd = channels(rstd, x, "rstd"),
   });
   return {out, mask, mean, rstd};
 }
 
+template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& dout, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& weight,
     const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training, bool relu,
     bool need_dx, bool need_dresidual, bool need_dparams) {
+  const Device device(x);
   const View view = view_of(x);
-  const int64_t n_channels = view.n_channels;
   const auto gradient_of = [&](const OptionalTensor& parameter) {
-    return parameter && need_dparams ? empty_vector(x, n_channels, raw_dtype(*parameter))
+    return parameter && need_dparams ? empty_vector(x, view.n_channels, raw_dtype(*parameter))
                                      : not_asked_for(x);
   };
   Tensor dx = need_dx ? empty_like(x) : not_asked_for(x);
   Tensor dresidual = need_dresidual ? empty_like(x) : not_asked_for(x);
   Tensor dweight = gradient_of(weight), dbias = gradient_of(bias);
-  const Dtype statistics = dtype_of(x) == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const Dtype statistics = statistics_of(dtype_of(x));
   STD_TORCH_CHECK(dtype_of(mean) == statistics && dtype_of(rstd) == statistics,
                   "mean, rstd: not those that forward returned");
-  fusedskip::cpu::batch_norm_backward({
+  device.batch_norm_backward({
       .view = view,
       .dtype = dtype_of(x),
       .dout = data_like(dout, x, "dout"),
       .x = x.data_ptr(),
-      .mask = mask ? mask_data(*mask, view) : nullptr,
-      .weight = channels(weight, n_channels, "weight"),
-      .bias = channels(bias, n_channels, "bias"),
-      .mean = channels(mean, n_channels, "mean"),
-      .rstd = channels(rstd, n_channels, "rstd"),
+      .mask = mask ? mask_data(*mask, x, view) : nullptr,
+      .weight = channels(weight, x, "weight"),
+      .bias = channels(bias, x, "bias"),
+      .mean = channels(mean, x, "mean"),
+      .rstd = channels(rstd, x, "rstd"),
       .training = training,
       .relu = relu,
       .dx = need_dx ? dx.data_ptr() : nullptr,
       .dresidual = need_dresidual ? dresidual.data_ptr() : nullptr,
-      .dweight = dweight.numel() ? channels(dweight, n_channels, "dweight") : ChannelVector{},
-      .dbias = dbias.numel() ? channels(dbias, n_channels, "dbias") : ChannelVector{},
+      .dweight = dweight.numel() ? channels(dweight, x, "dweight") : ChannelVector{},
+      .dbias = dbias.numel() ? channels(dbias, x, "dbias") : ChannelVector{},
       .need_dparams = need_dparams,
   });
   return {dx, dresidual, dweight, dbias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fusedskip, CPU, m) {
-  m.impl("add_relu", TORCH_BOX(&add_relu));
-  m.impl("add_relu_backward", TORCH_BOX(&add_relu_backward));
-  m.impl("batch_norm", TORCH_BOX(&batch_norm));
-  m.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+// Registers the operators of one device with a torch::stable library.
+template <typename Device, typename Library>
+void implement(Library& library) {
+  library.impl("add_relu", TORCH_BOX(&add_relu<Device>));
+  library.impl("add_relu_backward", TORCH_BOX(&add_relu_backward<Device>));
+  library.impl("batch_norm", TORCH_BOX(&batch_norm<Device>));
+  library.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward<Device>));
 }
 
-PyObject* cpu_instruction_set(PyObject*, PyObject*) {
-  return PyUnicode_FromString(fusedskip::cpu::instruction_set());
-}
-
-PyMethodDef methods[] = {
-    {"cpu_instruction_set", cpu_instruction_set, METH_NOARGS,
-     "The instruction set that the CPU kernels chose: 'avx512', 'avx2' or 'baseline'."},
-    {nullptr, nullptr, 0, nullptr},
-};
-
-PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
-
-}  // namespace
-
-// `import fusedskip._C` runs the registrations above.
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+}  // namespace fusedskip

@@ -1,0 +1,60 @@
+// What an operation is given, on any device: sizes, raw pointers, flags. csrc/bindings fills it in.
+
+#pragma once
+
+#include <cstdint>
+
+namespace fusedskip {
+
+enum class Dtype { kFloat64, kFloat32, kBFloat16, kFloat16 };
+inline constexpr int kDtypes = 4;
+
+constexpr int64_t bytes(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A dense tensor as its memory lies: (N, C, spatial), or (N * spatial, C, 1) channels-last.
+struct View {
+  int64_t n_outer, n_channels, n_inner;
+
+  constexpr int64_t n_rows() const { return n_inner == 1 ? n_outer : n_outer * n_channels; }
+  constexpr int64_t row_length() const { return n_inner == 1 ? n_channels : n_inner; }
+  constexpr int64_t mask_row_bytes() const { return ceil_div(row_length(), 8); }
+};
+
+// A vector of one number a channel, of its own dtype; absent when data is null.
+struct ChannelVector {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+};
+
+struct BatchNormForward {
+  View view;
+  Dtype dtype;
+  const void *x, *residual;  // residual or null
+  ChannelVector weight, bias, running_mean, running_var;
+  bool training, relu;
+  double momentum, eps;
+  void* out;
+  uint8_t* mask;             // or null
+  ChannelVector mean, rstd;  // results, in statistics precision
+};
+
+struct BatchNormBackward {
+  View view;
+  Dtype dtype;
+  const void *dout, *x;
+  const uint8_t* mask;  // or null
+  ChannelVector weight, bias, mean, rstd;
+  bool training, relu;
+  void *dx, *dresidual;          // or null
+  ChannelVector dweight, dbias;  // or absent
+  bool need_dparams;
+
+  // Σg and Σg·x̂ are gradients of their own, and in training every element of dx needs them.
+  constexpr bool reduces() const { return need_dparams || (training && dx); }
+};
+
+}  // namespace fusedskip

@@ -1,0 +1,46 @@
+// fusedskip._C: the compiled operators, bound through LibTorch's stable ABI (torch >= 2.11). The
+// module itself and the operators on the CPU.
+
+#include <Python.h>
+
+#include "../cpu/batch_norm.h"
+#include "ops.h"
+
+namespace fusedskip {
+namespace {
+
+struct Cpu {
+  explicit Cpu(const Tensor& x) { STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor"); }
+
+  void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
+                uint8_t* mask) const {
+    cpu::add_relu(dtype, numel, x, residual, out, mask);
+  }
+  void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8_t* mask,
+                         void* dx) const {
+    cpu::add_relu_backward(dtype, numel, dout, mask, dx);
+  }
+  void batch_norm(const BatchNormForward& args) const { cpu::batch_norm(args); }
+  void batch_norm_backward(const BatchNormBackward& args) const { cpu::batch_norm_backward(args); }
+};
+
+STABLE_TORCH_LIBRARY_IMPL(fusedskip, CPU, m) { implement<Cpu>(m); }
+
+PyObject* cpu_instruction_set(PyObject*, PyObject*) {
+  return PyUnicode_FromString(cpu::instruction_set());
+}
+
+PyMethodDef methods[] = {
+    {"cpu_instruction_set", cpu_instruction_set, METH_NOARGS,
+     "The instruction set that the CPU kernels chose: 'avx512', 'avx2' or 'baseline'."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace fusedskip
+
+// `import fusedskip._C` runs the registrations above.
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&fusedskip::module); }

@@ -1,0 +1,64 @@
+// The operators on CUDA devices, in a build that has them.
+
+#ifdef USE_CUDA
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include "../cuda/batch_norm.h"
+#include "ops.h"
+
+namespace fusedskip {
+namespace {
+
+// Makes the device of x current for the call, and launches on its current stream.
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& x) : x_(checked(x)), guard_(x.get_device_index()) {
+    void* stream;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+    stream_ = static_cast<cudaStream_t>(stream);
+  }
+
+  void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
+                uint8_t* mask) const {
+    check(cuda::add_relu(dtype, numel, x, residual, out, mask, stream_));
+  }
+  void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8_t* mask,
+                         void* dx) const {
+    check(cuda::add_relu_backward(dtype, numel, dout, mask, dx, stream_));
+  }
+  void batch_norm(const BatchNormForward& args) const {
+    const Tensor workspace = empty_workspace(args.training ? cuda::workspace_size(args.view) : 0);
+    check(cuda::batch_norm(args, workspace.data_ptr(), stream_));
+  }
+  void batch_norm_backward(const BatchNormBackward& args) const {
+    const Tensor workspace = empty_workspace(args.reduces() ? cuda::workspace_size(args.view) : 0);
+    check(cuda::batch_norm_backward(args, workspace.data_ptr(), stream_));
+  }
+
+ private:
+  static const Tensor& checked(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cuda() && x.numel() > 0, "x: expected elements on a CUDA device");
+    return x;
+  }
+
+  // From torch's allocator, which knows of streams and of graph capture.
+  Tensor empty_workspace(int64_t size) const {
+    return empty_vector(x_, size, raw_statistics_dtype(x_));
+  }
+
+  static void check(cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error));
+  }
+
+  const Tensor& x_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_;
+};
+
+STABLE_TORCH_LIBRARY_IMPL(fusedskip, CUDA, m) { implement<Cuda>(m); }
+
+}  // namespace
+}  // namespace fusedskip
+
+#endif  // USE_CUDA

@@ -1,0 +1,25 @@
+// The operations on whole tensors: what csrc/bindings calls. Checked arguments, allocated results.
+// Every call launches on `stream` alone, waits for nothing and keeps no state.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../args.h"
+
+namespace fusedskip::cuda {
+
+// The numbers, in statistics precision, that batch_norm and batch_norm_backward need for partial
+// results. Where they reduce nothing (no training, no BatchNormBackward::reduces) it may be null.
+int64_t workspace_size(const View&);
+
+cudaError_t batch_norm(const BatchNormForward&, void* workspace, cudaStream_t stream);
+cudaError_t batch_norm_backward(const BatchNormBackward&, void* workspace, cudaStream_t stream);
+
+// out = relu(x + residual) and its gradient over `numel` elements in memory order.
+cudaError_t add_relu(Dtype, int64_t numel, const void* x, const void* residual, void* out,
+                     uint8_t* mask, cudaStream_t stream);
+cudaError_t add_relu_backward(Dtype, int64_t numel, const void* dout, const uint8_t* mask, void* dx,
+                              cudaStream_t stream);
+
+}  // namespace fusedskip::cuda

@@ -1,0 +1,93 @@
+// stats: x → mean and M2 of every program's part of each channel. Reads x: N.
+//
+// A thread holds pivot, Σ(x - pivot) and Σ(x - pivot)² of its channels. The pivot is its own first
+// element: being one of them it is no further from their mean than sqrt(M2), so that taking
+// n·(mean - pivot)² off the squares in the end costs at most log2(n + 1) bits, n being hundreds,
+// whatever the data. Then the threads of a block are merged by Chan's formula, all at once.
+
+#include "dispatch.cuh"
+#include "moments.cuh"
+#include "stages.h"
+
+namespace fusedskip::cuda {
+namespace {
+
+template <typename T, bool kChannelsLast, int kWidth, typename S = StatisticsOf<T>>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth>)
+    batch_norm_stats_kernel(const __grid_constant__ Tiling tiling, const T* x,
+                            const __grid_constant__ Partials<S> partials) {
+  constexpr int kSize = kLanes<kChannelsLast>;
+  constexpr int kUnroll = kInFlight<T, 1>;
+  const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
+  const auto origin = load_origin<kSize, kWidth>(x, tiling, channels);
+
+  Array<S, kSize> pivot = {}, sum = {}, squares = {};
+  int count = 0;
+  Walk<kChannelsLast> walk(tiling, blockIdx.x, blockIdx.y, threadIdx.x, /*backwards=*/false);
+  while (!walk.done()) {
+    Place places[kUnroll];
+    Octet<T> octets[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      places[u] = walk.next();
+      octets[u] = load<kWidth>(x, places[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const auto values = widen<T>(octets[u]);
+      if (u == 0 && count == 0) {
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) pivot[j] = finite_or_zero(values[j]);
+      }
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        const S deviation = exists<kWidth>(places[u], i) ? values[i] - pivot[i % kSize] : S(0);
+        sum[i % kSize] += deviation;
+        squares[i % kSize] = fma_rn(deviation, deviation, squares[i % kSize]);
+      }
+      count += kChannelsLast ? places[u].elements > 0 : places[u].elements;
+    }
+  }
+
+  // With the count of the block, which all its channels share, as one more number to add up.
+  const S n = S(count), per_element = count > 0 ? 1 / n : S(0);
+  Array<S, kSize + 1> totals;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) totals[j] = fma_rn(n, pivot[j] - origin[j], sum[j]);
+  totals[kSize] = n;
+  block_sum(totals, tiling.columns);
+  const S per_element_of_block = 1 / totals[kSize];
+  Moments<S, kSize> block;
+#pragma unroll
+  for (int j = 0; j < kSize; ++j) {
+    block.mean[j] = totals[j] * per_element_of_block;
+    const S from_pivot = sum[j] * per_element;
+    const S m2 = squares[j] - sum[j] * from_pivot;
+    const S deviation = pivot[j] - origin[j] + from_pivot - block.mean[j];
+    block.m2[j] = (m2 < 0 ? S(0) : m2) + n * deviation * deviation;
+  }
+  block_sum(block.m2, tiling.columns);
+
+  if (threadIdx.x >= tiling.columns || channels.count == 0) return;
+  partial_row<kSize>(partials.first, tiling, blockIdx.y, channels) = block.mean;
+  partial_row<kSize>(partials.second, tiling, blockIdx.y, channels) = block.m2;
+  if (threadIdx.x == 0)
+    partials.counts[blockIdx.y * tiling.channel_blocks + blockIdx.x] = totals[kSize];
+}
+
+}  // namespace
+
+cudaError_t stats(const BatchNormForward& args, const Tiling& tiling, void* workspace,
+                  cudaStream_t stream) {
+  const int width = vector_width(args.view.row_length(), args.dtype, addresses(args.x));
+  return dispatch(args.dtype, tiling.channels_last, width, [&](auto instance) {
+    using I = decltype(instance);
+    using T = typename I::T;
+    const dim3 grid(tiling.channel_blocks, tiling.programs);
+    batch_norm_stats_kernel<T, I::kChannelsLast, I::kWidth><<<grid, kThreads, 0, stream>>>(
+        tiling, static_cast<const T*>(args.x), Partials<StatisticsOf<T>>(workspace, tiling));
+    return cudaGetLastError();
+  });
+}
+
+}  // namespace fusedskip::cuda

@@ -1,0 +1,242 @@
+// Walks over tensors with the arithmetic of csrc/cuda/index.h, thread by thread as the kernels do,
+// and stops at the first thing that is wrong. Built and run by test_cuda_index.py.
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "../csrc/cuda/index.h"
+
+using namespace fusedskip;
+using namespace fusedskip::cuda;
+
+namespace {
+
+View current;
+
+#define CHECK(condition)                                                                        \
+  if (!(condition)) {                                                                           \
+    std::printf("line %d, view (%lld, %lld, %lld): %s\n", __LINE__, (long long)current.n_outer, \
+                (long long)current.n_channels, (long long)current.n_inner, #condition);         \
+    std::exit(1);                                                                               \
+  }
+
+int64_t numel(const View& v) { return v.n_outer * v.n_channels * v.n_inner; }
+int64_t channel_of(const View& v, int64_t element) { return element / v.n_inner % v.n_channels; }
+
+// Calls body(channel_block, program, thread, place) for all octets that the grid takes.
+template <bool kChannelsLast, typename Body>
+void for_each_place(const Tiling& t, bool backwards, Body body) {
+  for (int64_t block = 0; block < t.channel_blocks; ++block)
+    for (int program = 0; program < t.programs; ++program)
+      for (int thread = 0; thread < kThreads; ++thread)
+        for (Walk<kChannelsLast> walk(t, block, program, thread, backwards); !walk.done();)
+          body(block, program, thread, walk.next());
+}
+
+// No more blocks than are meant, and programs within one tile of each other.
+void check_grid(const Tiling& t) {
+  const int64_t positions = t.view.n_outer * (t.channels_last ? 1 : t.octets);
+  const int64_t tiles = ceil_div(positions, t.depth());
+  CHECK(t.columns >= 1 && t.columns <= kMaxColumns && kThreads % t.columns == 0);
+  CHECK(t.programs >= 1 && t.programs <= tiles && t.programs <= 65535);
+  CHECK(t.programs == 1 || t.programs * t.channel_blocks <= 4 * kBlocks);
+  CHECK((t.programs - 1) * ceil_div(tiles, t.programs) < tiles);
+}
+
+// Every element, and every byte of the mask, belongs to one thread; so does every element of a
+// channel to one program, that a channel's partial results are summed over. Accesses are aligned
+// and stay within their row.
+template <bool kChannelsLast>
+void check_cover(const Tiling& t, bool backwards) {
+  const View& v = t.view;
+  const int width = vector_width(v.row_length(), Dtype::kBFloat16, 0);
+  std::vector<uint8_t> elements(numel(v)), bytes(v.n_rows() * v.mask_row_bytes());
+  for_each_place<kChannelsLast>(t, backwards, [&](int64_t block, int, int thread, const Place& p) {
+    CHECK(p.elements >= 1 && p.elements <= kOctet);
+    CHECK(p.element >= 0 && p.element + p.elements <= numel(v));
+    CHECK(p.element % width == 0 && p.elements % width == 0);
+    const int64_t row = p.element / v.row_length(), column = p.element % v.row_length();
+    CHECK(column % kOctet == 0 && column + p.elements <= v.row_length());
+    CHECK(p.elements == kOctet || column + p.elements == v.row_length());
+    CHECK(p.byte == row * v.mask_row_bytes() + column / kOctet);
+    ++bytes[p.byte];
+    for (int i = 0; i < p.elements; ++i) {
+      ++elements[p.element + i];
+      CHECK(channel_of(v, p.element + i) ==
+            t.channels(block, thread).first + (kChannelsLast ? i : 0));
+    }
+  });
+  for (const uint8_t times : elements) CHECK(times == 1);
+  for (const uint8_t times : bytes) CHECK(times == 1);
+}
+
+// The threads of a column agree on their channels, whose partial results are theirs alone.
+void check_channels(const Tiling& t) {
+  const int lanes = t.channels_last ? kOctet : 1;
+  std::vector<int> owners(t.view.n_channels);
+  for (int64_t block = 0; block < t.channel_blocks; ++block)
+    for (int thread = 0; thread < kThreads; ++thread) {
+      const Channels channels = t.channels(block, thread);
+      CHECK(channels.first == t.channels(block, thread % t.columns).first);
+      if (channels.count == 0) continue;
+      CHECK(channels.first % lanes == 0 && channels.count <= lanes);
+      CHECK(channels.first + lanes <= t.pitch());
+      if (thread < t.columns)
+        for (int i = 0; i < channels.count; ++i) ++owners[channels.first + i];
+    }
+  for (const int owner : owners) CHECK(owner == 1);
+  CHECK(t.workspace_size() == t.programs * (2 * t.pitch() + t.channel_blocks));
+}
+
+// The arithmetic of stats.cu and moments.cuh in double: threads about their own first element,
+// merged to blocks, merged to channels, with a mean far from 0 and an outlier.
+template <bool kChannelsLast>
+void check_moments(const Tiling& t) {
+  struct Part {
+    double n = 0, pivot = 0, sum = 0, squares = 0;
+  };
+  const View& v = t.view;
+  const double n = double(v.n_outer * v.n_inner);
+  std::minstd_rand random(7);
+  std::vector<double> x(numel(v));
+  for (double& value : x) value = 1000 + double(random()) / double(random.max());
+  x[random() % x.size()] = -5e4;
+
+  std::vector<std::vector<Part>> threads(v.n_channels * t.programs);
+  for (auto& parts : threads) parts.resize(kThreads);
+  for_each_place<kChannelsLast>(t, false, [&](int64_t, int program, int thread, const Place& p) {
+    for (int i = 0; i < p.elements; ++i) {
+      const int64_t c = channel_of(v, p.element + i);
+      Part& part = threads[c * t.programs + program][thread];
+      if (part.n++ == 0) part.pivot = x[p.element + i];
+      const double deviation = x[p.element + i] - part.pivot;
+      part.sum += deviation;
+      part.squares += deviation * deviation;
+    }
+  });
+  for (int64_t c = 0; c < v.n_channels; ++c) {
+    const double origin = x[c * v.n_inner];
+    struct Moments {
+      double n = 0, mean = 0, m2 = 0;
+    };
+    std::vector<Moments> programs(t.programs);
+    Moments whole;
+    for (int program = 0; program < t.programs; ++program) {
+      Moments& block = programs[program];
+      for (const Part& part : threads[c * t.programs + program]) {
+        block.n += part.n;
+        block.mean += part.n * (part.pivot - origin) + part.sum;
+      }
+      CHECK(block.n > 0);
+      whole.mean += block.mean;
+      whole.n += block.n;
+      block.mean /= block.n;
+      for (const Part& part : threads[c * t.programs + program]) {
+        if (part.n == 0) continue;
+        const double deviation = part.pivot - origin + part.sum / part.n - block.mean;
+        block.m2 += part.squares - part.sum * part.sum / part.n + part.n * deviation * deviation;
+      }
+    }
+    CHECK(whole.n == n);
+    whole.mean /= n;
+    for (const Moments& block : programs)
+      whole.m2 += block.m2 + block.n * (block.mean - whole.mean) * (block.mean - whole.mean);
+
+    double mean = 0, m2 = 0;
+    for (int64_t i = 0; i < numel(v); ++i)
+      if (channel_of(v, i) == c) mean += x[i] / n;
+    for (int64_t i = 0; i < numel(v); ++i)
+      if (channel_of(v, i) == c) m2 += (x[i] - mean) * (x[i] - mean);
+    CHECK(std::fabs(origin + whole.mean - mean) <= 1e-9 * std::fabs(mean));
+    CHECK(std::fabs(whole.m2 - m2) <= 1e-7 * m2 + 1e-7);
+  }
+}
+
+template <bool kChannelsLast>
+void check_shape(const View& v) {
+  const Tiling t(current = v);
+  CHECK(t.channels_last == kChannelsLast);
+  check_grid(t);
+  check_channels(t);
+  check_cover<kChannelsLast>(t, false);
+  check_cover<kChannelsLast>(t, true);
+  if (numel(v) * v.n_channels < 200'000) check_moments<kChannelsLast>(t);
+}
+
+void check(const View& v) { v.n_inner == 1 ? check_shape<true>(v) : check_shape<false>(v); }
+
+// Too large to walk over: a few threads of it, their places computed once more in 128 bits.
+template <bool kChannelsLast>
+void check_large(const View& v) {
+  using Wide = __int128;
+  const Tiling t(current = v);
+  check_grid(t);
+  Wide furthest = 0;
+  for (const int64_t block : {int64_t{0}, t.channel_blocks / 2, t.channel_blocks - 1})
+    for (const int program : {0, t.programs / 3, t.programs - 1})
+      for (const int thread : {0, 1, 16, 77, kThreads - 1}) {
+        Wide position = Wide(program) * t.depth() + thread / t.columns;
+        Walk<kChannelsLast> walk(t, block, program, thread, false);
+        for (; !walk.done(); position += Wide(t.programs) * t.depth()) {
+          const Place p = walk.next();
+          Wide row = position, octet = Wide(block) * t.columns + thread % t.columns;
+          if (!kChannelsLast) {
+            row = position / t.octets * v.n_channels + block;
+            octet = position % t.octets;
+          }
+          CHECK(p.element == row * v.row_length() + octet * kOctet);
+          CHECK(p.byte == row * t.octets + octet);
+          furthest = std::max(furthest, Wide(p.element) + p.elements);
+        }
+        CHECK(position >= Wide(v.n_outer) * (kChannelsLast ? 1 : t.octets) ||
+              t.channels(block, thread).count == 0);
+      }
+  CHECK(furthest > Wide(numel(v)) * 9 / 10);
+}
+
+void check_widths() {
+  CHECK(vector_width(64, Dtype::kBFloat16, 0x7f00) == 8);
+  CHECK(vector_width(64, Dtype::kBFloat16, 0x7f08) == 4);
+  CHECK(vector_width(196, Dtype::kFloat16, 0x7f00) == 4);
+  CHECK(vector_width(196, Dtype::kFloat32, 0x7f10) == 4);
+  CHECK(vector_width(64, Dtype::kFloat32, 0x7f10) == 8);
+  CHECK(vector_width(64, Dtype::kFloat32, 0x7f08) == 1);
+  CHECK(vector_width(49, Dtype::kBFloat16, 0) == 1);
+  CHECK(vector_width(50, Dtype::kBFloat16, 0) == 1);
+}
+
+}  // namespace
+
+int main() {
+  check_widths();
+  int shapes = 0;
+  for (const int64_t n : {1, 2, 3, 5, 64, 257})
+    for (int64_t c = 1; c <= 80; c += c < 24 ? 1 : 7)
+      for (const int64_t spatial : {1, 2, 3, 7, 8, 9, 15, 16, 49, 196, 225, 784}) {
+        if (n * c * spatial > 120'000) continue;
+        check({n, c, spatial});
+        check({n * spatial, c, 1});
+        shapes += 2;
+      }
+  for (const View& v :
+       {View{3136, 2048, 1}, View{64, 2048, 49}, View{12544, 1024, 1}, View{40'000, 64, 1},
+        View{4, 64, 3136}, View{1, 1, 1'000'003}, View{1, 3, 300'000}, View{2, 3001, 7},
+        View{77, 1001, 1}, View{300'000, 1, 1}, View{1, 300'001, 1}, View{5, 123, 123}}) {
+    check(v);
+    ++shapes;
+  }
+  for (const View& v : {View{256 * 3136, 256, 1}, View{int64_t{1} << 33, 3, 1},
+                        View{(int64_t{1} << 27) + 5, 67, 1}, View{3, 1'500'000'001, 1}}) {
+    check_large<true>(v);
+    ++shapes;
+  }
+  for (const View& v : {View{256, 256, 3136}, View{2, 1, (int64_t{1} << 32) + 3},
+                        View{(int64_t{1} << 24) + 1, 7, 49}, View{1, 3, (int64_t{1} << 33) + 8}}) {
+    check_large<false>(v);
+    ++shapes;
+  }
+  std::printf("%d shapes\n", shapes);
+}

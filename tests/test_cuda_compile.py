@@ -1,0 +1,153 @@
+"""Without a GPU: the CUDA kernels compile and link, do not spill, and access 16 bytes at a time."""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = ("80", "90a", "100")
+# As setup.py and torch's CUDAExtension pass them.
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Werror,-fPIC"]
+FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+
+# Tensors that the main loop of a kernel reads and writes.
+TENSORS = {
+    "batch_norm_stats_kernel": (1, 0),
+    "batch_norm_apply_kernel": (2, 1),
+    "batch_norm_bwd_reduce_kernel": (2, 0),
+    "batch_norm_bwd_apply_kernel": (2, 2),
+    "add_relu_kernel": (2, 1),
+    "add_relu_backward_kernel": (1, 1),
+}
+ITEMSIZES = {"d": 8, "f": 4, "13__nv_bfloat16": 2, "6__half": 2}
+OCTET = 8  # elements that a thread takes at a time
+
+
+def toolkit_program(name):
+    """Path of a program of the CUDA toolkit, some of which come with Triton."""
+    triton = pytest.importorskip("triton", reason=f"{name}: not on PATH, nor Triton's")
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = shutil.which(name) or shutil.which(name, path=bundled)
+    return path or pytest.skip(f"{name}: not on PATH, nor Triton's")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    arch: str
+    function: str  # mangled
+    instructions: dict[int, str]  # by address
+
+    @property
+    def name(self):
+        """Without namespaces and template arguments."""
+        return re.search(r"\d((?:batch_norm|add_relu)\w*?_kernel)I", self.function)[1]
+
+    @property
+    def itemsize(self):
+        return ITEMSIZES[re.search(r"_kernelI(d|f|13__nv_bfloat16|6__half)L", self.function)[1]]
+
+    @property
+    def width(self):
+        """Elements of an octet that exist together: the template argument kWidth."""
+        return int(re.search(r"Li(\d)E", self.function)[1])
+
+    def main_loop(self):
+        """The longest innermost loop, of those that write if any does; all code if none loops."""
+        loops = []  # address of the first and of the last instruction
+        for address, instruction in self.instructions.items():
+            branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
+            if branch and int(branch[1], 16) < address:
+                loops.append((int(branch[1], 16), address))
+        innermost = [
+            [i for address, i in self.instructions.items() if first <= address <= last]
+            for first, last in loops
+            if not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+        ]
+        return max(
+            innermost,
+            key=lambda loop: (any("STG" in i for i in loop), len(loop)),
+            default=list(self.instructions.values()),
+        )
+
+    def __str__(self):
+        return f"sm_{self.arch} {self.function}"
+
+
+def disassemble(object_file):
+    """The kernels of an object file, for every architecture in it."""
+    dump = subprocess.run(
+        [toolkit_program("cuobjdump"), "--dump-sass", object_file],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    kernels = []
+    for elf in dump.split("arch = sm_")[1:]:
+        for function in elf.split("Function : ")[1:]:
+            code = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.+?);", function)
+            instructions = {int(address, 16): instruction for address, instruction in code}
+            kernels.append(Kernel(elf.split()[0], function.split()[0], instructions))
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory):
+    """One object file for each source, for all architectures."""
+    nvcc = shutil.which("nvcc") or pytest.skip("nvcc: not on PATH")
+    folder = tmp_path_factory.mktemp("cuda")
+
+    def compile_source(source):
+        output = folder / f"{source.stem}.o"
+        command = [nvcc, *FLAGS, "-c", str(source), "-o", str(output)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return output
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_source, SOURCES))
+
+
+@pytest.fixture(scope="module")
+def kernels(objects):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [kernel for of_file in pool.map(disassemble, objects) for kernel in of_file]
+
+
+def test_objects_link(objects, tmp_path):
+    library = tmp_path / "library.so"
+    subprocess.run(["nvcc", "-shared", *map(str, objects), "-o", str(library)], check=True)
+    assert library.stat().st_size < 15e6  # three architectures, uncompressed
+
+
+def test_every_kernel_is_there_and_combinations_are_counted(kernels):
+    for arch in ARCHITECTURES:
+        of_arch = [kernel for kernel in kernels if kernel.arch == arch]
+        assert {kernel.name for kernel in of_arch} == set(TENSORS)
+        # (3 dtypes with widths 8, 4, 1 and fp64 with width 1) x 2 layouts x stages, of which the
+        # backward ones recompute the threshold or do not; add_relu has one layout.
+        assert len(of_arch) == 10 * 2 * (1 + 1 + 2 + 2) + 10 * 2
+
+
+def test_nothing_spills(kernels):
+    for kernel in kernels:
+        for instruction in kernel.instructions.values():
+            assert not re.search(r"\b(LDL|STL)\b", instruction), kernel
+
+
+def test_main_loops_access_16_bytes(kernels):
+    """Where the width allows; but for mask bytes, such a loop accesses nothing narrower."""
+    wide = [k for k in kernels if k.itemsize < 8 and k.width * k.itemsize >= 16]
+    assert {kernel.name for kernel in wide} == set(TENSORS)
+    for kernel in wide:
+        code = "\n".join(kernel.main_loop())
+        loads, stores = re.findall(r"\bLDG\S*", code), re.findall(r"\bSTG\S*", code)
+        for accesses, tensors in zip((loads, stores), TENSORS[kernel.name], strict=True):
+            widest = [access for access in accesses if "128" in access]
+            assert len(widest) >= tensors * OCTET * kernel.itemsize // 16, f"{kernel}: {accesses}"
+            if kernel.name.startswith("batch_norm"):
+                narrow = {access for access in accesses if "128" not in access}
+                assert all(".U8" in access for access in narrow), f"{kernel}: {accesses}"
