@@ -70,6 +70,11 @@ def test_contiguous_accesses_are_16_bytes_wide(compiled):
             assert binary["accesses_16"] <= 1, binary
 
 
+def test_positions_have_64_bits_where_32_do_not_count_them(compiled):
+    long = {(b["kernel"], b["channels_last"]) for b in compiled if b["index_bits"] == 64}
+    assert long == set(itertools.product(STAGES, (True, False)))
+
+
 def test_eps_keeps_the_precision_of_python(compiled):
     assert {binary["eps"] for binary in compiled} == {None, "fp64"}
 
@@ -104,6 +109,8 @@ def compile_all(capability, dtype):
                 "dtype": str(dtype).removeprefix("torch."),
                 "eps": binary.src.signature.get("eps"),
                 "arguments": describe(arguments.arguments),
+                "index_bits": arguments.arguments["INDEX_DTYPE"].primitive_bitwidth,
+                "channels_last": arguments.arguments["CHANNELS_LAST"],
                 **expected_accesses(self.__name__, arguments.arguments),
                 **accesses(binary.asm["ptx"]),
                 **resources(binary.asm["cubin"], Path(triton.__file__).parent),
@@ -116,6 +123,7 @@ def compile_all(capability, dtype):
         call_every_variant(shape, channels_last, dtype, ops.statistics_dtype(dtype))
     if dtype.itemsize == 2:
         call_every_variant(SHAPES[0], True, dtype, parameter_dtype=dtype)
+        call_with_64_bit_positions(dtype)
     return list(binaries.values())
 
 
@@ -154,6 +162,16 @@ def call_every_variant(shape, channels_last, dtype, parameter_dtype):
         batch_norm_backward(x, x, mask, weight, bias, mean, rstd, True, True, *needs)
     batch_norm(x, None, None, None, None, None, True, 0.1, 1e-5, True, False)
     batch_norm_backward(x, x, None, None, None, mean, rstd, True, True, True, False, False)
+
+
+def call_with_64_bit_positions(dtype):
+    """All stages in both layouts on 2**31 elements, of which none is ever touched."""
+    from fusedskip.triton_kernels import batch_norm, batch_norm_backward
+
+    for shape in ((2**31, 1), (2**25, 1, 8, 8)):
+        x = torch.empty(shape, dtype=dtype)
+        _, mask, mean, rstd = batch_norm(x, x, None, None, None, None, True, 0.1, 1e-5, True, True)
+        batch_norm_backward(x, x, mask, None, None, mean, rstd, True, True, True, True, False)
 
 
 def describe(arguments):

@@ -14,9 +14,6 @@
 
 namespace fusedskip::cpu::FUSEDSKIP_ISA {
 
-// Coefficients
-// -------------------------------------------------------------------------------------
-
 // The coefficients of the lanes from element i of a run on; n < kLanes of them near a run's end.
 template <typename S, bool kPerLane>
 struct Coefficient {
@@ -103,9 +100,6 @@ struct Gated {
   }
 };
 
-// Elementwise stages
-// -------------------------------------------------------------------------------
-
 template <typename T, bool kPerLane, bool kNorm, bool kResidual, bool kRelu>
 void apply_runs(const ApplyTile& tile) {
   using S = StatisticsOf<T>;
@@ -170,9 +164,6 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
   }
   if (tile.runs.streams) order_streams();
 }
-
-// Reducing stages
-// ----------------------------------------------------------------------------------
 
 // Adds to `sum` and `m2` of one channel a block of `count` elements, of which are known the pivot K
 // near their mean, their plain sum, Σ(x - K) and Σ(x - K)²; `seen` elements came before (Chan et
@@ -345,9 +336,6 @@ void bwd_reduce_rows(const BwdReduceTile& tile) {
     });
   }
 }
-
-// Run-time flags to template arguments
-// -------------------------------------------------------------
 
 template <typename Body>
 inline void with_flag(bool flag, Body body) {
