@@ -154,5 +154,8 @@ def test_half_module_and_autocast_like_inputs(backend, device):
     for module in (fusedskip.BatchNormReLU2d(6), fusedskip.BatchNormReLU2d(6).bfloat16()):
         out = module.to(device)(x)
         assert out.dtype == torch.bfloat16
+        want = nn.functional.batch_norm(x.double(), None, None, training=True).relu()
+        # Stored once: half a unit in the last place, and no more.
+        assert (out.double() - want).abs().max() <= torch.finfo(out.dtype).eps / 2 * want.max()
         out.sum().backward()
         assert module.weight.grad.dtype == module.weight.dtype

@@ -317,13 +317,10 @@ void backward(const BatchNormBackward& args) {
   const double n = double(view.n_outer) * double(view.n_inner);
   const Kernels& kernel = kernels(args.dtype);
 
-  const auto coefficients_of = [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      scale[c] = scale_of(args.weight, c, rstd[c]);
-      shift[c] = S(get(args.bias, c, 0));
-    }
-  };
-  coefficients_of(0, view.n_channels);
+  for (int64_t c = 0; c < view.n_channels; ++c) {
+    scale[c] = scale_of(args.weight, c, rstd[c]);
+    shift[c] = S(get(args.bias, c, 0));
+  }
 
   const auto affine = [&](int64_t group) -> Affine {
     const int64_t c = tiling.per_lane ? 0 : group;
