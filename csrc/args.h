@@ -30,31 +30,46 @@ struct ChannelVector {
   Dtype dtype = Dtype::kFloat32;
 };
 
+// One batch norm: what it is given, and the statistics of this call, which forward fills in.
+struct Norm {
+  ChannelVector weight, bias, running_mean, running_var;
+  ChannelVector mean, rstd;  // in statistics precision; absent where nothing is normalised
+  double momentum = 0, eps = 0;
+
+  constexpr bool present() const { return mean.data != nullptr; }
+};
+
+// out = relu(norm(x) + residual), the residual absent, a tensor, or, with residual_norm, what that
+// is to normalise; then relu is set.
 struct BatchNormForward {
   View view;
   Dtype dtype;
   const void *x, *residual;  // residual or null
-  ChannelVector weight, bias, running_mean, running_var;
+  Norm norm, residual_norm;  // residual_norm may be absent
   bool training, relu;
-  double momentum, eps;
   void* out;
-  uint8_t* mask;             // or null
-  ChannelVector mean, rstd;  // results, in statistics precision
+  int64_t out_pitch;  // in elements, from one outer index to the next; out may be part of a tensor
+  uint8_t* mask;      // or null
 };
 
 struct BatchNormBackward {
   View view;
   Dtype dtype;
   const void *dout, *x;
-  const uint8_t* mask;  // or null
-  ChannelVector weight, bias, mean, rstd;
+  const void* residual;  // what residual_norm normalised; null if that is absent
+  const uint8_t* mask;   // or null; never with residual_norm
+  Norm norm, residual_norm;
   bool training, relu;
   void *dx, *dresidual;          // or null
   ChannelVector dweight, dbias;  // or absent
+  ChannelVector residual_dweight, residual_dbias;
   bool need_dparams;
 
-  // Σg and Σg·x̂ are gradients of their own, and in training every element of dx needs them.
-  constexpr bool reduces() const { return need_dparams || (training && dx); }
+  // Σg and Σg·x̂ are gradients of their own, and in training every element of dx needs them; with
+  // residual_norm, so does every element of dresidual.
+  constexpr bool reduces() const {
+    return need_dparams || (training && (dx || (residual_norm.present() && dresidual)));
+  }
 };
 
 }  // namespace fusedskip

@@ -17,13 +17,16 @@ from fusedskip import ops
 
 @dataclass(frozen=True)
 class Backend:
-    """The four raw operators of one namespace. `eager` has none: it is `fusedskip.reference`."""
+    """The raw operators of one namespace. `eager` has none: it is `fusedskip.reference`."""
 
     name: str
     add_relu: Callable[..., Any]
     add_relu_backward: Callable[..., Any]
     batch_norm: Callable[..., Any]
     batch_norm_backward: Callable[..., Any]
+    batch_norm_relu_into: Callable[..., Any]
+    dual_batch_norm: Callable[..., Any]
+    dual_batch_norm_backward: Callable[..., Any]
 
 
 def _from_namespace(name: str, namespace: str) -> Backend:
@@ -34,6 +37,9 @@ def _from_namespace(name: str, namespace: str) -> Backend:
         add_relu_backward=raw.add_relu_backward.default,
         batch_norm=raw.batch_norm.default,
         batch_norm_backward=raw.batch_norm_backward.default,
+        batch_norm_relu_into=raw.batch_norm_relu_into.default,
+        dual_batch_norm=raw.dual_batch_norm.default,
+        dual_batch_norm_backward=raw.dual_batch_norm_backward.default,
     )
 
 

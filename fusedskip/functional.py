@@ -40,15 +40,48 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
 
     Semantics: `torch.add` followed by `torch.relu`.
     """
-    _check_activation(x)
+    return _add_relu(x, residual, relu_first=False)
+
+
+def relu_add(x: Tensor, residual: Tensor) -> Tensor:
+    """`relu(x) + residual` in one pass: a branch that ends in a ReLU, added to its skip.
+
+    The arguments, the result and the errors are those of `add_relu`; the sum is rounded once.
+
+    Semantics: `torch.relu` followed by `torch.add`.
+    """
+    return _add_relu(x, residual, relu_first=True)
+
+
+def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
+    """`relu(x + residual + bias)` in one pass, for branches whose convolutions leave it their bias.
+
+    Saves one bit an element for the backward pass, and nothing of `x` or `residual`.
+
+    Args:
+        x: `(N, C, *)`; fp64, fp32, bf16 or fp16, contiguous or channels-last.
+        residual: same shape, dtype and device as `x`; it is never broadcast. May be `x` itself.
+        bias: `(C,)`, in the dtype of `x` or fp32.
+
+    Returns:
+        A new tensor with the shape, dtype and memory layout of `x`.
+
+    Raises:
+        TypeError: an argument has a dtype other than those above.
+        ValueError: a shape or device does not fit `x`.
+
+    Semantics: `torch.add`, twice, and `torch.relu`, rounded once.
+    """
+    _check_channels(x)
     _check_residual(residual, x)
+    _check_channel_vectors(x, bias=bias)
     backend = backends.select(x)
     if backend == "eager" or x.numel() == 0:
-        return reference.add_relu(x, residual)
-    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
-        return _AddReLU.apply(x, residual, backend)
+        return reference.bias_add_relu(x, residual, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, bias)):
+        return _BiasAddReLU.apply(x, residual, bias, backend)
     x = _dense(x)
-    return KERNELS[backend].add_relu(x, _laid_out_like(residual, x), False)[0]
+    return _shift(backend, x, _laid_out_like(residual, x), bias, save_mask=False)[0]
 
 
 def batch_norm_relu(
@@ -139,6 +172,129 @@ def batch_norm_add_relu(
     )
 
 
+def cat_batch_norm_relu(
+    x: Tensor,
+    skip: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`cat([skip, relu(batch_norm(x))], dim=1)`, the norm written straight into its channels.
+
+    Args:
+        x, running_mean, running_var, weight, bias, training, momentum, eps: as `batch_norm_relu`.
+        skip: shape of `x` but for the channels, and its dtype and device.
+
+    Returns:
+        A new tensor `(N, C_skip + C, *)` with the dtype and memory layout of `x`.
+
+    Raises:
+        TypeError, ValueError: as `batch_norm_relu`, and if `skip` does not fit `x`.
+
+    Semantics: `torch.nn.functional.batch_norm`, `torch.relu`, `torch.cat`.
+    """
+    check_batch_norm(x, None, running_mean, running_var, weight, bias, training, eps)
+    _check_skip(skip, x)
+    backend = backends.select(x)
+    norm = (running_mean, running_var, weight, bias, training, momentum, eps)
+    if backend == "eager" or x.numel() == 0:
+        return reference.cat_batch_norm_relu(x, skip, *norm)
+    return _CatBatchNormReLU.apply(x, skip, weight, bias, *norm[:2], *norm[4:], backend)
+
+
+def dual_batch_norm_add_relu(
+    x: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual_momentum: float | None = None,
+    residual_eps: float | None = None,
+) -> Tensor:
+    """`relu(batch_norm(x) + batch_norm'(residual))`: a skip whose projection ends in a norm, too.
+
+    Both norms, the sum and the ReLU are one operation; neither normalised tensor is written. Keeps
+    `x`, `residual`, four numbers a channel and one bit an element for the backward pass.
+
+    Args:
+        x, running_mean, running_var, weight, bias, training, momentum, eps: as `batch_norm_relu`.
+        residual: same shape, dtype and device as `x`.
+        residual_running_mean, residual_running_var, residual_weight, residual_bias: those of the
+            norm of `residual`; running statistics are not shared with that of `x`.
+        residual_momentum, residual_eps: where they differ from those of the norm of `x`.
+
+    Returns:
+        A new tensor with the shape, dtype and memory layout of `x`.
+
+    Raises:
+        TypeError, ValueError: as `batch_norm_relu`, for either norm, if `residual` does not fit
+            `x`, and in training if the norms share running statistics.
+
+    Semantics: `torch.nn.functional.batch_norm`, twice, `torch.add`, `torch.relu`, rounded once.
+    """
+    residual_momentum = momentum if residual_momentum is None else residual_momentum
+    residual_eps = eps if residual_eps is None else residual_eps
+    check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps)
+    _check_channel_vectors(
+        x,
+        residual_running_mean=residual_running_mean,
+        residual_running_var=residual_running_var,
+        residual_weight=residual_weight,
+        residual_bias=residual_bias,
+    )
+    _check_statistics(
+        residual_running_mean, residual_running_var, training, residual_eps, prefix="residual_"
+    )
+    if training and running_mean is not None and running_mean is residual_running_mean:
+        raise ValueError("running_mean, residual_running_mean: expected different tensors")
+    backend = backends.select(x)
+    if backend == "eager" or x.numel() == 0:
+        return reference.dual_batch_norm_add_relu(
+            x, residual, running_mean, running_var, residual_running_mean, residual_running_var,
+            weight, bias, residual_weight, residual_bias,
+            training, momentum, eps, residual_momentum, residual_eps,
+        )  # fmt: skip
+    parameters = (weight, bias, residual_weight, residual_bias)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, residual, *parameters)
+    ):
+        return _DualBatchNorm.apply(
+            x, residual, *parameters,
+            running_mean, running_var, residual_running_mean, residual_running_var,
+            training, momentum, eps, residual_momentum, residual_eps, backend,
+        )  # fmt: skip
+    x = _dense(x)
+    return KERNELS[backend].dual_batch_norm(
+        x, _laid_out_like(residual, x), weight, bias, running_mean, running_var,
+        residual_weight, residual_bias, residual_running_mean, residual_running_var,
+        training, momentum, eps, residual_momentum, residual_eps, False,
+    )[0]  # fmt: skip
+
+
+def _add_relu(x: Tensor, residual: Tensor, relu_first: bool) -> Tensor:
+    _check_activation(x)
+    _check_residual(residual, x)
+    backend = backends.select(x)
+    if backend == "eager" or x.numel() == 0:
+        return (reference.relu_add if relu_first else reference.add_relu)(x, residual)
+    if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad):
+        return _AddReLU.apply(x, residual, relu_first, backend)
+    x = _dense(x)
+    return KERNELS[backend].add_relu(x, _laid_out_like(residual, x), relu_first, False)[0]
+
+
 def _batch_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -173,19 +329,56 @@ def _batch_norm(
 
 class _AddReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, residual: Tensor, relu_first: bool, backend: str) -> Tensor:
         x = _dense(x)
-        out, mask = KERNELS[backend].add_relu(x, _laid_out_like(residual, x), True)
+        out, mask = KERNELS[backend].add_relu(x, _laid_out_like(residual, x), relu_first, True)
         ctx.save_for_backward(mask)
+        ctx.strides, ctx.relu_first, ctx.backend = out.stride(), relu_first, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        dx = KERNELS[ctx.backend].add_relu_backward(_strided(dout, ctx.strides), mask)
+        return dx, dout if ctx.relu_first else dx, None, None
+
+
+def _shift(
+    backend: str, x: Tensor, residual: Tensor, bias: Tensor, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`relu(x + residual + bias)`: the norm in evaluation, of mean 0, variance 1 and no weight."""
+    return KERNELS[backend].batch_norm(
+        x, residual, None, bias, None, None, False, 0.0, 0.0, True, save_mask
+    )
+
+
+class _BiasAddReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, bias: Tensor, backend: str) -> Tensor:
+        x = _dense(x)
+        out, *saved = _shift(backend, x, _laid_out_like(residual, x), bias, save_mask=True)
+        ctx.save_for_backward(bias, *saved)
         ctx.strides, ctx.backend = out.stride(), backend
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        dx = KERNELS[ctx.backend].add_relu_backward(_strided(dout, ctx.strides), mask)
-        return dx, dx, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        bias, mask, mean, rstd = ctx.saved_tensors
+        need_x, need_residual, need_bias, _ = ctx.needs_input_grad
+        dout = _strided(dout, ctx.strides)
+        # x only matters to the gradient of a weight, and there is none.
+        dx, _, _, dbias = KERNELS[ctx.backend].batch_norm_backward(
+            dout, dout, mask, None, bias, mean, rstd, False, True,
+            need_x or need_residual, False, need_bias,
+        )  # fmt: skip
+        return (
+            dx if need_x else None,
+            dx if need_residual else None,
+            dbias if need_bias else None,
+            None,
+        )
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -248,6 +441,104 @@ class _BatchNorm(torch.autograd.Function):
         )
 
 
+class _CatBatchNormReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        skip: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        dense, n_skip = _dense(x), skip.shape[1]
+        n_channels = n_skip + x.shape[1]
+        if dense.is_contiguous():
+            out = x.new_empty((x.shape[0], n_channels, *x.shape[2:]))
+        else:
+            out = x.new_empty((x.shape[0], *x.shape[2:], n_channels)).movedim(-1, 1)
+        out[:, :n_skip].copy_(skip)
+        mean, rstd = KERNELS[backend].batch_norm_relu_into(
+            dense, weight, bias, running_mean, running_var, out[:, n_skip:],
+            training, momentum, eps,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.training, ctx.n_skip, ctx.backend = training, n_skip, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
+        dense = _dense(x)
+        dx, _, dweight, dbias = KERNELS[ctx.backend].batch_norm_backward(
+            _laid_out_like(dout[:, ctx.n_skip :], dense), dense, None, weight, bias, mean, rstd,
+            ctx.training, True, need_x, False, need_weight or need_bias,
+        )  # fmt: skip
+        return (
+            dx if need_x else None,
+            dout[:, : ctx.n_skip] if need_skip else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            *(None,) * 6,
+        )
+
+
+class _DualBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual_weight: Tensor | None,
+        residual_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual_running_mean: Tensor | None,
+        residual_running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual_momentum: float,
+        residual_eps: float,
+        backend: str,
+    ) -> Tensor:
+        dense = _dense(x)
+        out, mask, mean, rstd = KERNELS[backend].dual_batch_norm(
+            dense, _laid_out_like(residual, dense), weight, bias, running_mean, running_var,
+            residual_weight, residual_bias, residual_running_mean, residual_running_var,
+            training, momentum, eps, residual_momentum, residual_eps, True,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x, residual, mask, weight, bias, residual_weight, residual_bias, mean, rstd
+        )
+        ctx.training, ctx.backend, ctx.strides = training, backend, out.stride()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, *saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:6]
+        dense = _dense(x)
+        gradients = KERNELS[ctx.backend].dual_batch_norm_backward(
+            _strided(dout, ctx.strides), dense, _laid_out_like(residual, dense), *saved,
+            ctx.training, needed[0], needed[1], any(needed[2:]),
+        )  # fmt: skip
+        return (
+            *(g if need else None for g, need in zip(gradients, needed, strict=True)),
+            *(None,) * 10,
+        )
+
+
 def _dense(x: Tensor) -> Tensor:
     """`x` if it fills its memory as `(N, C, *)` or `(N, *, C)`, else a copy that does."""
     if x.is_contiguous():
@@ -299,6 +590,18 @@ def _check_residual(residual: Tensor, x: Tensor) -> None:
         raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
 
 
+def _check_skip(skip: Tensor, x: Tensor) -> None:
+    if skip.shape[:1] + skip.shape[2:] != x.shape[:1] + x.shape[2:] or skip.dim() != x.dim():
+        raise ValueError(
+            f"skip: expected shape {tuple(x.shape)} of x but for the channels, "
+            f"got {tuple(skip.shape)}"
+        )
+    if skip.dtype != x.dtype:
+        raise TypeError(f"skip: expected dtype {x.dtype} like x, got {skip.dtype}")
+    if skip.device != x.device:
+        raise ValueError(f"skip: expected device {x.device} like x, got {skip.device}")
+
+
 def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
     if vector.shape != x.shape[1:2]:
         return ValueError(
@@ -313,6 +616,41 @@ def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
     return ValueError(f"{name}: expected device {x.device} like x, got {vector.device}")
 
 
+def _check_channel_vectors(x: Tensor, **vectors: Tensor | None) -> None:
+    channels, device, dtypes = x.shape[1:2], x.device, _DTYPES[x.dtype]
+    for name, vector in vectors.items():
+        if vector is not None and not (
+            vector.shape == channels and vector.dtype in dtypes and vector.device == device
+        ):
+            raise _channel_vector_error(name, vector, x)
+
+
+def _check_channels(x: Tensor) -> None:
+    _check_activation(x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
+
+
+def _check_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    prefix: str = "",
+) -> None:
+    names = f"{prefix}running_mean, {prefix}running_var"
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{names}: expected both or neither")
+    if training:
+        if eps <= 0:
+            raise ValueError(f"{prefix}eps: expected a positive number when training, got {eps}")
+    else:
+        if eps < 0:
+            raise ValueError(f"{prefix}eps: expected a number not below 0, got {eps}")
+        if running_mean is None:
+            raise ValueError(f"{names}: expected tensors when not training")
+
+
 def check_batch_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -324,32 +662,14 @@ def check_batch_norm(
     eps: float,
 ) -> None:
     """Raise `TypeError` or `ValueError` unless the arguments of a `batch_norm_*` function fit."""
-    _check_activation(x)
-    shape, device, dtypes = x.shape, x.device, _DTYPES[x.dtype]
-    if len(shape) < 2:
-        raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(shape)}")
+    _check_channels(x)
     if residual is not None:
         _check_residual(residual, x)
-    channels = shape[1:2]
-    for vector in (running_mean, running_var, weight, bias):
-        if vector is not None and not (
-            vector.shape == channels and vector.dtype in dtypes and vector.device == device
-        ):
-            vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight}
-            name = next((n for n, v in vectors.items() if v is vector), "bias")
-            raise _channel_vector_error(name, vector, x)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean, running_var: expected both or neither")
-    if training:
-        if eps <= 0:
-            raise ValueError(f"eps: expected a positive number when training, got {eps}")
-        if x.numel() == shape[1]:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, "
-                f"got input size {tuple(shape)}"
-            )
-    else:
-        if eps < 0:
-            raise ValueError(f"eps: expected a number not below 0, got {eps}")
-        if running_mean is None:
-            raise ValueError("running_mean, running_var: expected tensors when not training")
+    _check_channel_vectors(
+        x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    _check_statistics(running_mean, running_var, training, eps)
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
+        )

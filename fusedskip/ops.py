@@ -1,6 +1,6 @@
 """The raw operators: schemas, fakes, and where each implementation comes from.
 
-Two namespaces hold the same four operators: `fusedskip` is compiled (`csrc/bindings` registers
+Two namespaces hold the same operators: `fusedskip` is compiled (`csrc/bindings` registers
 the CPU and CUDA kernels), `fusedskip_triton` launches `fusedskip.triton_kernels`. They are private,
 know nothing of autograd, and check only what memory safety needs: `fusedskip.functional` has
 checked the arguments and gives dense tensors of one memory layout.
@@ -20,9 +20,14 @@ from torch import Tensor
 COMPILED, TRITON = "fusedskip", "fusedskip_triton"
 
 _SCHEMAS = {
-    "add_relu": "(Tensor x, Tensor residual, bool save_mask) -> (Tensor out, Tensor mask)",
+    # relu(x + residual), or relu_first: relu(x) + residual. The gradient of what ReLU was given
+    # is the same.
+    "add_relu": (
+        "(Tensor x, Tensor residual, bool relu_first, bool save_mask) -> (Tensor out, Tensor mask)"
+    ),
     "add_relu_backward": "(Tensor dout, Tensor mask) -> Tensor dx",
-    # save_mask is for residuals: without one, backward recomputes the mask from x.
+    # Without running statistics, evaluation has mean 0 and variance 1. save_mask is for residuals:
+    # without one, backward recomputes the mask from x.
     "batch_norm": (
         "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
         "Tensor(a!)? running_mean, Tensor(b!)? running_var, "
@@ -34,6 +39,29 @@ _SCHEMAS = {
         "Tensor mean, Tensor rstd, bool training, bool relu, "
         "bool need_dx, bool need_dresidual, bool need_dparams) "
         "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
+    ),
+    # relu(bn(x)) into part of a wider tensor: out is laid out like x, but for the distance from one
+    # image, channels-last from one pixel, to the next. Its backward is batch_norm_backward.
+    "batch_norm_relu_into": (
+        "(Tensor x, Tensor? weight, Tensor? bias, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!) out, "
+        "bool training, float momentum, float eps) -> (Tensor mean, Tensor rstd)"
+    ),
+    # relu(bn(x) + bn'(residual)); mean and rstd are (2, C), those of x first.
+    "dual_batch_norm": (
+        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+        "Tensor? residual_weight, Tensor? residual_bias, "
+        "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, "
+        "bool training, float momentum, float eps, float residual_momentum, float residual_eps, "
+        "bool save_mask) -> (Tensor out, Tensor mask, Tensor mean, Tensor rstd)"
+    ),
+    "dual_batch_norm_backward": (
+        "(Tensor dout, Tensor x, Tensor residual, Tensor mask, Tensor? weight, Tensor? bias, "
+        "Tensor? residual_weight, Tensor? residual_bias, Tensor mean, Tensor rstd, "
+        "bool training, bool need_dx, bool need_dresidual, bool need_dparams) "
+        "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, "
+        "Tensor residual_dweight, Tensor residual_dbias)"
     ),
 }
 
@@ -62,7 +90,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake_add_relu(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
+def _fake_add_relu(
+    x: Tensor, residual: Tensor, relu_first: bool, save_mask: bool
+) -> tuple[Tensor, Tensor]:
     shape = mask_shape((1, 1, x.numel())) if save_mask else (0,)
     return torch.empty_like(x), x.new_empty(shape, dtype=torch.uint8)
 
@@ -84,14 +114,7 @@ def _fake_batch_norm(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = mask_shape(memory_view(x)) if save_mask else (0,)
-    mean = x.new_empty((x.shape[1],), dtype=statistics_dtype(x.dtype))
-    return (
-        torch.empty_like(x),
-        x.new_empty(shape, dtype=torch.uint8),
-        mean,
-        torch.empty_like(mean),
-    )
+    return _fake_forward(x, save_mask, (x.shape[1],))
 
 
 def _fake_batch_norm_backward(
@@ -108,17 +131,86 @@ def _fake_batch_norm_backward(
     need_dresidual: bool,
     need_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    def parameter_gradient(parameter: Tensor | None) -> Tensor:
-        if parameter is None or not need_dparams:
-            return x.new_empty((0,))
-        return torch.empty_like(parameter)
-
     return (
         torch.empty_like(x) if need_dx else x.new_empty((0,)),
         torch.empty_like(x) if need_dresidual else x.new_empty((0,)),
-        parameter_gradient(weight),
-        parameter_gradient(bias),
+        _fake_gradient(weight, x, need_dparams),
+        _fake_gradient(bias, x, need_dparams),
     )
+
+
+def _fake_batch_norm_relu_into(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    out: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty((x.shape[1],), dtype=statistics_dtype(x.dtype))
+    return mean, torch.empty_like(mean)
+
+
+def _fake_dual_batch_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual_momentum: float,
+    residual_eps: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _fake_forward(x, save_mask, (2, x.shape[1]))
+
+
+def _fake_dual_batch_norm_backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(x) if need_dx else x.new_empty((0,)),
+        torch.empty_like(x) if need_dresidual else x.new_empty((0,)),
+        _fake_gradient(weight, x, need_dparams),
+        _fake_gradient(bias, x, need_dparams),
+        _fake_gradient(residual_weight, x, need_dparams),
+        _fake_gradient(residual_bias, x, need_dparams),
+    )
+
+
+def _fake_forward(
+    x: Tensor, save_mask: bool, statistics: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mask = mask_shape(memory_view(x)) if save_mask else (0,)
+    mean = x.new_empty(statistics, dtype=statistics_dtype(x.dtype))
+    return torch.empty_like(x), x.new_empty(mask, dtype=torch.uint8), mean, torch.empty_like(mean)
+
+
+def _fake_gradient(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty((0,)) if parameter is None or not wanted else torch.empty_like(parameter)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
@@ -126,6 +218,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "add_relu_backward": _fake_add_relu_backward,
     "batch_norm": _fake_batch_norm,
     "batch_norm_backward": _fake_batch_norm_backward,
+    "batch_norm_relu_into": _fake_batch_norm_relu_into,
+    "dual_batch_norm": _fake_dual_batch_norm,
+    "dual_batch_norm_backward": _fake_dual_batch_norm_backward,
 }
 
 

@@ -14,6 +14,17 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return torch.add(x, residual).relu_()
 
 
+def relu_add(x: Tensor, residual: Tensor) -> Tensor:
+    """`relu(x) + residual`."""
+    return torch.add(torch.relu(x), residual)  # not in place: backward needs what ReLU gave
+
+
+def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
+    """`relu(x + residual + bias)`, `bias` a number a channel."""
+    wide = bias.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
+    return torch.add(x, residual).add_(wide).relu_()
+
+
 def batch_norm(
     x: Tensor,
     residual: Tensor | None,
@@ -31,3 +42,45 @@ def batch_norm(
     if residual is not None:
         out = out.add_(residual)
     return out.relu_() if relu else out
+
+
+def cat_batch_norm_relu(
+    x: Tensor,
+    skip: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """`cat([skip, relu(batch_norm(x))], dim=1)`."""
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    return torch.cat([skip, out.relu_()], dim=1)
+
+
+def dual_batch_norm_add_relu(
+    x: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual_momentum: float,
+    residual_eps: float,
+) -> Tensor:
+    """`relu(batch_norm(x) + batch_norm'(residual))`."""
+    out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    normalised = F.batch_norm(
+        residual, residual_running_mean, residual_running_var, residual_weight, residual_bias,
+        training, residual_momentum, residual_eps,
+    )  # fmt: skip
+    return out.add_(normalised).relu_()

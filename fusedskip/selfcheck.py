@@ -4,6 +4,7 @@ A small odd shape in both layouts, training and evaluation, forward and backward
 twice as far from fp64 as eager's own result in the same dtype, and a few roundings further.
 """
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from fusedskip import backends, functional, ops
 _SHAPE = (3, 13, 5, 7)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
+_SUMS = ("add_relu", "relu_add", "bias_add_relu")
+_NORMS = ("batch_norm_relu", "batch_norm_add", "batch_norm_add_relu", "dual_batch_norm_add_relu")
 # Mean, variance, rstd, coefficients, product, sum: about so many roundings in a row, each of which
 # eager may have escaped by luck. In fp64, where eager is the reference, no more is allowed.
 _ROUNDINGS = 8
@@ -64,10 +67,10 @@ def check(backend: str) -> Result:
 
 def _cases() -> Iterator[Case]:
     for dtype, layout in itertools.product(_DTYPES, _LAYOUTS):
-        yield Case("add_relu", dtype, layout, training=True)
-        for function in ("batch_norm_relu", "batch_norm_add", "batch_norm_add_relu"):
-            for training in (True, False):
-                yield Case(function, dtype, layout, training)
+        for function in _SUMS:
+            yield Case(function, dtype, layout, training=True)
+        for function, training in itertools.product(_NORMS, (True, False)):
+            yield Case(function, dtype, layout, training)
 
 
 def _error(case: Case, backend: str, device: str) -> str | None:
@@ -99,34 +102,26 @@ def _inputs(case: Case, device: str) -> dict[str, Tensor]:
     def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    channels, parameters = _SHAPE[1:2], ops.statistics_dtype(case.dtype)
-    activations = {
-        name: normal(_SHAPE, case.dtype).contiguous(memory_format=case.layout)
-        for name in ("x", "residual", "dout")
-    }
-    return {
-        **activations,
-        "weight": normal(channels, parameters),
-        "bias": normal(channels, parameters),
-        "running_mean": normal(channels, parameters),
-        "running_var": normal(channels, parameters).square() + 0.5,
-    }
+    inputs = {"dout": normal(_SHAPE, case.dtype).contiguous(memory_format=case.layout)}
+    for name in inspect.signature(getattr(functional, case.function)).parameters:
+        if name in ("x", "residual"):
+            inputs[name] = normal(_SHAPE, case.dtype).contiguous(memory_format=case.layout)
+        elif name.endswith(("weight", "bias", "running_mean")):
+            inputs[name] = normal(_SHAPE[1:2], ops.statistics_dtype(case.dtype))
+        elif name.endswith("running_var"):
+            inputs[name] = normal(_SHAPE[1:2], ops.statistics_dtype(case.dtype)).square() + 0.5
+    return inputs
 
 
 def _run(case: Case, inputs: dict[str, Tensor], backend: str) -> dict[str, Tensor]:
     """The output, every gradient, and the running buffers afterwards, by name."""
     tensors = {name: tensor.clone() for name, tensor in inputs.items()}
-    names = {
-        "add_relu": ["x", "residual"],
-        "batch_norm_relu": ["x", "weight", "bias"],
-    }.get(case.function, ["x", "residual", "weight", "bias"])
-    arguments: dict[str, Any] = {name: tensors[name].requires_grad_() for name in names}
-    buffers = {}
-    if case.function != "add_relu":
-        buffers = {name: tensors[name] for name in ("running_mean", "running_var")}
-        arguments |= buffers | {"training": case.training}
+    dout = tensors.pop("dout")
+    buffers = {name: tensor for name, tensor in tensors.items() if "running" in name}
+    leaves = {n: t.requires_grad_() for n, t in tensors.items() if n not in buffers}
+    options: dict[str, Any] = {"training": case.training} if case.function in _NORMS else {}
     with backends.use_backend(backend):
-        out: Tensor = getattr(functional, case.function)(**arguments)
-    gradients = torch.autograd.grad(out, [tensors[name] for name in names], tensors["dout"])
-    named = {f"d{name}": grad for name, grad in zip(names, gradients, strict=True)}
+        out: Tensor = getattr(functional, case.function)(**tensors, **options)
+    gradients = torch.autograd.grad(out, list(leaves.values()), dout)
+    named = {f"d{name}": grad for name, grad in zip(leaves, gradients, strict=True)}
     return {"out": out.detach(), **named, **buffers}

@@ -7,9 +7,8 @@ import torch
 
 import fusedskip
 
-from .support import BACKENDS, FUNCTIONS, call, make_problem
+from .support import BACKENDS, BUFFERS, FUNCTIONS, LEAVES, NORMS, arguments_of, call, make_problem
 
-NORM_FUNCTIONS = FUNCTIONS[1:]
 SHAPE = (2, 3, 4, 5)
 
 
@@ -78,7 +77,7 @@ def test_sparse_x(function):
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("function", NORMS)
 def test_too_few_dimensions(function, shape):
     x = torch.ones(shape)
     replaced = {"x": x} | ({"residual": x} if function != "batch_norm_relu" else {})
@@ -86,9 +85,11 @@ def test_too_few_dimensions(function, shape):
     assert_refused(make_problem(function, SHAPE), ValueError, text, **replaced)
 
 
-@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight", "bias"])
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("name", [*BUFFERS, *LEAVES[2:]])
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_channel_vectors(function, name):
+    if name not in arguments_of(function):
+        return
     problem = make_problem(function, SHAPE)
     for shape in ((4,), (1,), (1, 3), ()):
         assert_refused(
@@ -118,24 +119,39 @@ def test_channel_vectors(function, name):
     )
 
 
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("function", NORMS)
 def test_running_statistics(function):
-    for training in (True, False):
-        problem = make_problem(function, SHAPE, training=training)
-        text = "running_mean, running_var: expected both or neither"
-        assert_refused(problem, ValueError, text, running_mean=None)
-        assert_refused(problem, ValueError, text, running_var=None)
-    assert_refused(
-        make_problem(function, SHAPE, training=False),
-        ValueError,
-        "running_mean, running_var: expected tensors when not training",
-        running_mean=None,
-        running_var=None,
-    )
+    prefixes = ["", "residual_"] if function == "dual_batch_norm_add_relu" else [""]
+    for prefix in prefixes:
+        mean, var = f"{prefix}running_mean", f"{prefix}running_var"
+        for training in (True, False):
+            problem = make_problem(function, SHAPE, training=training)
+            text = f"{mean}, {var}: expected both or neither"
+            assert_refused(problem, ValueError, text, **{mean: None})
+            assert_refused(problem, ValueError, text, **{var: None})
+        assert_refused(
+            make_problem(function, SHAPE, training=False),
+            ValueError,
+            f"{mean}, {var}: expected tensors when not training",
+            **{mean: None, var: None},
+        )
 
 
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+def test_norms_that_share_running_statistics():
+    problem = make_problem("dual_batch_norm_add_relu", SHAPE)
+    shared = torch.zeros(3)
+    text = "running_mean, residual_running_mean: expected different tensors"
+    assert_refused(problem, ValueError, text, running_mean=shared, residual_running_mean=shared)
+
+
+@pytest.mark.parametrize("function", NORMS)
 def test_eps(function):
+    if function == "dual_batch_norm_add_relu":
+        assert_refused(
+            make_problem(function, SHAPE, residual_eps=0.0),
+            ValueError,
+            "residual_eps: expected a positive number when training, got 0.0",
+        )
     for eps in (0.0, -1e-5):
         assert_refused(
             make_problem(function, SHAPE, eps=eps),
@@ -150,7 +166,7 @@ def test_eps(function):
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("function", NORMS)
 def test_one_value_per_channel(function, shape):
     assert_refused(
         make_problem(function, shape),

@@ -1,7 +1,6 @@
 """Values and gradients of the public functions against fp64, on every backend."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +8,12 @@ import torch
 import fusedskip
 
 from .support import (
+    CAT,
     DTYPES,
     FUNCTIONS,
     LAYOUTS,
+    LEAVES,
+    NORMS,
     SHAPES,
     assert_as_good_as_eager,
     call,
@@ -25,7 +27,7 @@ from .support import (
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_forward_and_backward(backend, device, function, dtype, layout, training):
     for shape in SHAPES:
         problem = make_problem(function, shape, dtype, layout, device, training)
@@ -35,7 +37,7 @@ def test_forward_and_backward(backend, device, function, dtype, layout, training
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_many_tiles(backend, device, function, layout):
     """Shapes that are cut into several tiles, with a rest, in every direction the kernels cut."""
     shapes = ((5, 3, 97, 101), (70, 11, 5, 5)) if interpreted(backend) else (
@@ -47,7 +49,7 @@ def test_many_tiles(backend, device, function, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS[1:])
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_low_precision_parameters(backend, device, function, dtype, layout):
     problem = make_problem(function, (6, 13, 5, 3), dtype, layout, device, param_dtype=dtype)
     assert_as_good_as_eager(problem)
@@ -59,18 +61,19 @@ def test_low_precision_parameters(backend, device, function, dtype, layout):
 
 
 @pytest.mark.parametrize("affine", ["none", "weight", "bias"])
-@pytest.mark.parametrize("function", FUNCTIONS[1:])
+@pytest.mark.parametrize("function", NORMS)
 def test_absent_parameters(backend, device, function, affine):
     for layout, training in itertools.product(LAYOUTS, (True, False)):
         problem = make_problem(
             function, (4, 6, 3, 5), torch.float64, layout, device, training, affine=affine != "none"
         )
         if affine != "none":
-            problem = replace(problem, **{"bias" if affine == "weight" else "weight": None})
+            absent = "bias" if affine == "weight" else "weight"
+            problem = problem.replaced(**{absent: None, f"residual_{absent}": None})
         assert_as_good_as_eager(problem)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_mean_far_above_std(backend, device, function):
     """x = 1000 + randn: variance, output and gradients no further from fp64 than eager's."""
     for layout in LAYOUTS:
@@ -108,7 +111,7 @@ def test_an_outlier_does_not_spoil_the_variance(backend, device, layout):
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add", "batch_norm_add_relu"])
+@pytest.mark.parametrize("function", [f for f in FUNCTIONS if f != "batch_norm_relu"])
 def test_residual_that_is_x(backend, device, function):
     for training in (True, False):
         problem = make_problem(
@@ -125,8 +128,8 @@ def test_residual_that_is_x(backend, device, function):
         torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("wanted", ["x", "residual", "weight", "bias"])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("wanted", LEAVES)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_one_gradient_alone(backend, device, function, wanted):
     """What is asked for is right, whatever else is not asked for; the rest stays None."""
     for layout, training in itertools.product(LAYOUTS, (True, False)):
@@ -156,7 +159,7 @@ def test_no_graph_without_gradients(backend, device, function, guard):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_is_kept_for_backward(backend, device, function):
-    """x, C-sized vectors and one bit an element: never a second activation."""
+    """What a norm was given, C-sized vectors and one bit an element: no other activation."""
     problem = make_problem(function, (4, 16, 6, 8), torch.float32, "channels_last", device)
     kept = []
     leaves = problem.leaves()
@@ -164,10 +167,11 @@ def test_what_is_kept_for_backward(backend, device, function):
         call(problem, **leaves, **problem.buffers())
     masks = [t for t in kept if t.dtype == torch.uint8]
     activations = [t for t in kept if t.shape == problem.x.shape]
-    vectors = [t for t in kept if t.shape == problem.x.shape[1:2]]
+    vectors = [t for t in kept if t.shape[-1:] == problem.x.shape[1:2] and t.dim() <= 2]
     assert len(masks) + len(activations) + len(vectors) == len(kept)
-    assert [t.data_ptr() for t in activations] == [leaves["x"].data_ptr()] * problem.has_norm
-    has_mask = function in ("add_relu", "batch_norm_add_relu")
+    normalised = ["x"] * problem.has_norm + ["residual"] * problem.is_dual
+    assert [t.data_ptr() for t in activations] == [leaves[n].data_ptr() for n in normalised]
+    has_mask = function not in ("batch_norm_relu", "batch_norm_add")
     assert sum(t.nbytes for t in masks) == (problem.x.numel() // 8 if has_mask else 0)
 
 
@@ -178,7 +182,10 @@ def test_same_layout_out_as_in(backend, device):
             residual = lay_out(torch.randn(shape, device=device), layout)
             for out in (
                 fusedskip.add_relu(x, residual),
+                fusedskip.relu_add(x, residual),
+                fusedskip.bias_add_relu(x, residual, torch.ones(4, device=device)),
                 fusedskip.batch_norm_relu(x, None, None, training=True),
+                fusedskip.dual_batch_norm_add_relu(x, residual, *[None] * 4, training=True),
                 fusedskip.batch_norm_add_relu(x, residual, None, None, training=True),
             ):
                 assert out.stride() == x.stride()

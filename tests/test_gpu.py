@@ -3,7 +3,6 @@
 import fcntl
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,7 +97,7 @@ def test_graph_capture(backend, device, function):
         before = {name: buffer.clone() for name, buffer in buffers.items()}
         graph.replay()
         got = dict(zip(["out", *(f"d{name}" for name in leaves)], results, strict=True)) | buffers
-        for name, want in run(replace(problem, x=leaves["x"].detach(), **before)).items():
+        for name, want in run(problem.replaced(x=leaves["x"].detach(), **before)).items():
             assert torch.equal(got[name], want), name
 
 
@@ -113,7 +112,7 @@ def test_current_stream(backend, device, function):
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)
         late.copy_(problem.x)
-        got = run(replace(problem, x=late))
+        got = run(problem.replaced(x=late))
     torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(got[name], want[name]) for name in want)
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from .support import FUNCTIONS, LAYOUTS, call, interpreted, make_problem
+from .support import CAT, FUNCTIONS, LAYOUTS, call, interpreted, make_problem
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_gradcheck(backend, device, function, layout, training, affine):
     shape = (2, 2, 2, 2) if interpreted(backend) else (2, 3, 2, 3)
     problem = make_problem(function, shape, torch.float64, layout, device, training, affine)

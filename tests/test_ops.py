@@ -28,10 +28,10 @@ def batch_norm_arguments(shape, layout, device, residual, training, dtype=torch.
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_add_relu(backend, device, layout):
     kernels = backends.KERNELS[backend]
-    for shape, save_mask in itertools.product(SHAPES, (True, False)):
+    for shape, flags in itertools.product(SHAPES, itertools.product((True, False), repeat=2)):
         x, residual = (activation(shape, layout, device) for _ in range(2))
-        torch.library.opcheck(kernels.add_relu, (x, residual, save_mask))
-        _, mask = kernels.add_relu(x, residual, True)
+        torch.library.opcheck(kernels.add_relu, (x, residual, *flags))
+        _, mask = kernels.add_relu(x, residual, False, True)
         torch.library.opcheck(kernels.add_relu_backward, (x, mask))
 
 
@@ -53,6 +53,28 @@ def test_opcheck_batch_norm(backend, device, layout, training):
                     training, True, *needs,
                 ),
             )  # fmt: skip
+
+
+def dual_batch_norm_arguments(shape, layout, device, training, save_mask=True):
+    vectors = [torch.rand(shape[1], device=device) + 0.5 for _ in range(8)]
+    activations = [activation(shape, layout, device) for _ in range(2)]
+    return (*activations, *vectors, training, 0.1, 1e-5, 0.2, 1e-3, save_mask)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_opcheck_dual_batch_norm(backend, device, layout, training):
+    kernels = backends.KERNELS[backend]
+    for shape in SHAPES[1:3] if interpreted(backend) else SHAPES:
+        arguments = dual_batch_norm_arguments(shape, layout, device, training)
+        torch.library.opcheck(kernels.dual_batch_norm, arguments)
+        _, mask, mean, rstd = kernels.dual_batch_norm(*arguments)
+        x, residual, weight, bias, _, _, residual_weight, residual_bias, *_ = arguments
+        saved = (mask, weight, bias, residual_weight, residual_bias, mean, rstd, training)
+        for needs in ((True, True, True), (False, True, False)):
+            torch.library.opcheck(
+                kernels.dual_batch_norm_backward, (torch.randn_like(x), x, residual, *saved, *needs)
+            )
 
 
 def unpack(mask, row_length):
@@ -87,11 +109,20 @@ def test_nothing_is_computed_that_was_not_asked_for(backend, device):
     kernels = backends.KERNELS[backend]
     arguments = batch_norm_arguments((2, 3, 4, 5), "contiguous", device, True, True)
     x, residual, weight, bias, *_ = arguments
-    assert kernels.add_relu(x, residual, False)[1].shape == (0,)
+    assert kernels.add_relu(x, residual, False, False)[1].shape == (0,)
     assert kernels.batch_norm(*arguments[:-1], False)[1].shape == (0,)
     _, mask, mean, rstd = kernels.batch_norm(*arguments)
     results = kernels.batch_norm_backward(
         x, x, mask, weight, bias, mean, rstd, True, True, False, False, False
+    )
+    assert all(result.shape == (0,) for result in results)
+
+    *arguments, _ = dual_batch_norm_arguments((2, 3, 4, 5), "contiguous", device, True)
+    assert kernels.dual_batch_norm(*arguments, False)[1].shape == (0,)
+    _, mask, mean, rstd = kernels.dual_batch_norm(*arguments, True)
+    parameters = (*arguments[2:4], *arguments[6:8])
+    results = kernels.dual_batch_norm_backward(
+        x, x, residual, mask, *parameters, mean, rstd, True, False, False, False
     )
     assert all(result.shape == (0,) for result in results)
 
@@ -127,12 +158,30 @@ class TestCompiledOperatorsGuardMemory:
         with pytest.raises(RuntimeError, match="residual: expected"):
             self.batch_norm(residual=residual)
         with pytest.raises(RuntimeError, match="residual: expected"):
-            self.kernels.add_relu(self.x, residual, False)
+            self.kernels.add_relu(self.x, residual, False, False)
+        with pytest.raises(RuntimeError, match="residual: expected"):
+            self.kernels.dual_batch_norm(
+                self.x, residual, *[None] * 8, True, 0.1, 1e-5, 0.1, 1e-5, True
+            )
 
     @pytest.mark.parametrize("vector", [torch.ones(2), torch.ones(3, 2)[:, 0], torch.ones(1, 3)])
     def test_channel_vectors(self, vector):
         with pytest.raises(RuntimeError, match="weight: expected"):
             self.batch_norm(weight=vector)
+
+    def test_running_statistics(self):
+        with pytest.raises(RuntimeError, match="running_mean, running_var: expected both"):
+            self.batch_norm(running_mean=torch.ones(3))
+
+    def test_statistics(self):
+        """Those of a single norm are too few for a dual one."""
+        dual = dual_batch_norm_arguments((2, 3, 4, 5), "contiguous", "cpu", True)
+        _, mask, mean, rstd = self.kernels.dual_batch_norm(*dual)
+        for statistics in ((mean[0], rstd), (mean, rstd.double())):
+            with pytest.raises(RuntimeError, match="mean, rstd: not those"):
+                self.kernels.dual_batch_norm_backward(
+                    *dual[:1], *dual[:2], mask, *[None] * 4, *statistics, True, True, True, True
+                )
 
     def test_strided_x(self):
         with pytest.raises(RuntimeError, match="x: expected a dense"):

@@ -9,9 +9,11 @@ import torch.nn.functional as F
 import fusedskip
 
 from .support import (
+    CAT,
     DTYPES,
     FUNCTIONS,
     LAYOUTS,
+    NORMS,
     assert_as_good_as_eager,
     call,
     interpreted,
@@ -20,8 +22,8 @@ from .support import (
     run,
 )
 
-RELU_FUNCTIONS = [f for f in FUNCTIONS if f != "batch_norm_add"]
-NORM_FUNCTIONS = FUNCTIONS[1:]
+# Those that end in a ReLU: where the output is 0 the gate is closed.
+RELU_FUNCTIONS = [f for f in FUNCTIONS if f not in ("batch_norm_add", "relu_add")]
 SPECIAL = (float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0)
 
 
@@ -39,10 +41,13 @@ def assert_same(ours, eager, names=None, **tolerance):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_add_relu_of_special_values(backend, device, dtype, layout):
+@pytest.mark.parametrize("function", ["add_relu", "relu_add"])
+def test_sums_of_special_values(backend, device, function, dtype, layout):
     """Every pair of special values, forward and backward, bit for bit as torch."""
     pairs = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), dtype=dtype, device=device)
-    problem = make_problem("add_relu", (7, 7, 5, 3), dtype, layout, device)
+    problem = make_problem(function, (7, 7, 5, 3), dtype, layout, device)
+    problem.dout[::2, :, 0] = float("nan")
+    problem.dout[1::2, :, 0] = float("inf")
     problem.x.copy_(pairs[:, 0].view(7, 7, 1, 1).expand(7, 7, 5, 3))
     problem.residual.copy_(pairs[:, 1].view(7, 7, 1, 1).expand(7, 7, 5, 3))
     assert_same(run(problem), eagerly(problem), rtol=0, atol=0)
@@ -70,7 +75,7 @@ def test_special_gradients_stop_at_a_closed_gate(backend, device, function, dtyp
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("function", NORMS)
 def test_special_input_to_batch_norm(backend, device, function, value, training):
     """One bad element spoils what it spoils in torch: its channel and its running statistics."""
     for layout in LAYOUTS:
@@ -94,6 +99,9 @@ def test_no_gradient_at_exactly_zero(backend, device, function):
         if problem.has_residual:
             problem.residual.zero_()
             problem.residual[0] = -0.0
+        for name in ("bias", "residual_running_mean"):
+            if getattr(problem, name) is not None:
+                getattr(problem, name).zero_()
         results = run(problem)
         assert torch.all(results["out"] == 0)
         assert torch.all(results["dx"] == 0)
@@ -122,14 +130,14 @@ def test_gate_follows_the_stored_value(backend, device, function):
         assert torch.any(results["out"] == 0) == problem.has_norm
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_empty_batch(backend, device, function):
     for layout, training in itertools.product(LAYOUTS, (True, False)):
         problem = make_problem(function, (0, 4, 3, 3), torch.float32, layout, device, training)
         assert_same(run(problem), eagerly(problem), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_running_statistics(backend, device, function):
     for momentum, layout in itertools.product((0.1, 0.0, 1.0, 0.25), LAYOUTS):
         problem = make_problem(
@@ -142,7 +150,7 @@ def test_running_statistics(backend, device, function):
             torch.testing.assert_close(ours[name], want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("function", NORMS)
 def test_eval_leaves_running_statistics_alone(backend, device, function):
     problem = make_problem(function, (4, 5, 3, 3), device=device, training=False)
     results = run(problem)
@@ -150,7 +158,7 @@ def test_eval_leaves_running_statistics_alone(backend, device, function):
     assert torch.equal(results["running_var"], problem.running_var)
 
 
-@pytest.mark.parametrize("function", NORM_FUNCTIONS)
+@pytest.mark.parametrize("function", NORMS)
 def test_no_running_statistics(backend, device, function):
     problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device)
     want = run(problem)["out"]
@@ -172,7 +180,7 @@ def test_second_forward_before_first_backward(backend, device, function, trainin
         assert torch.equal(leaf.grad, want[f"d{name}"])
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_backward_twice(backend, device, function):
     problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device)
     leaves = problem.leaves()
@@ -184,16 +192,16 @@ def test_backward_twice(backend, device, function):
         torch.autograd.grad(out, leaves.values(), problem.dout)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_inputs_are_not_changed(backend, device, function):
     problem = make_problem(function, (4, 5, 3, 3), device=device)
-    tensors = {n: t for n, t in vars(problem).items() if isinstance(t, torch.Tensor)}
+    tensors = {"dout": problem.dout, **problem.tensors}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     run(problem)
     assert all(torch.equal(tensors[name], before[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_double_backward_is_refused(backend, device, function):
     """An error, until it is supported: a silent zero would be a wrong gradient."""
     problem = make_problem(function, (2, 3, 2, 2), torch.float64, device=device)
@@ -255,7 +263,7 @@ def test_strided_output_follows_the_input(backend, device):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_unaligned_pointers(backend, device, function, dtype, layout):
     """Dense tensors that begin one element behind the boundary that wide accesses want."""
 
@@ -282,7 +290,7 @@ def test_gate_of_backward_is_that_of_forward(backend, device, dtype, layout, tra
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_two_runs_are_bitwise_equal(backend, device, function, layout):
     shape = (6, 5, 9, 11) if interpreted(backend) else (16, 40, 28, 29)
     problem = make_problem(function, shape, torch.float32, layout, device)
@@ -292,7 +300,7 @@ def test_two_runs_are_bitwise_equal(backend, device, function, layout):
 
 @pytest.mark.parametrize("shape", [(8, 40, 28, 29), (2, 2, 150, 151), (4001, 33)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_threads_do_not_change_a_bit(function, layout, shape):
     """Including the point where there are more threads than channels."""
     problem = make_problem(function, shape, torch.float32, layout)

@@ -12,9 +12,9 @@ namespace {
 struct Cpu {
   explicit Cpu(const Tensor& x) { STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor"); }
 
-  void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
-                uint8_t* mask) const {
-    cpu::add_relu(dtype, numel, x, residual, out, mask);
+  void add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x, const void* residual,
+                void* out, uint8_t* mask) const {
+    cpu::add_relu(dtype, numel, relu_first, x, residual, out, mask);
   }
   void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8_t* mask,
                          void* dx) const {

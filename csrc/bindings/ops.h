@@ -133,13 +133,57 @@ inline ChannelVector channels(const OptionalTensor& tensor, const Tensor& x, con
   return {tensor->data_ptr(), dtype};
 }
 
+// Statistics of `norms` batch norms of x: (C,), or (norms, C) where there are several.
+inline Tensor empty_statistics(const Tensor& x, int64_t norms) {
+  const int64_t sizes[] = {norms, x.size(1)}, strides[] = {sizes[1], 1};
+  const int64_t dim = norms == 1 ? 1 : 2;
+  return empty_strided(x, dim, sizes + 2 - dim, strides + 2 - dim, raw_statistics_dtype(x));
+}
+
+// Row `norm` of such a tensor.
+inline ChannelVector statistics_row(const Tensor& tensor, int64_t norm, const Tensor& x) {
+  const Dtype dtype = statistics_of(dtype_of(x));
+  STD_TORCH_CHECK(dtype_of(tensor) == dtype && tensor.is_contiguous() &&
+                      tensor.numel() >= (norm + 1) * x.size(1) && same_device(tensor, x),
+                  "mean, rstd: not those that forward returned");
+  return {static_cast<char*>(tensor.data_ptr()) + norm * x.size(1) * bytes(dtype), dtype};
+}
+
+// Norm `norm` of a call, its statistics in that row of mean and rstd.
+inline Norm norm_of(const OptionalTensor& weight, const OptionalTensor& bias,
+                    const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                    double momentum, double eps, const Tensor& mean, const Tensor& rstd,
+                    int64_t norm, const Tensor& x) {
+  STD_TORCH_CHECK(running_mean.has_value() == running_var.has_value(),
+                  "running_mean, running_var: expected both or neither");
+  return {
+      .weight = channels(weight, x, "weight"),
+      .bias = channels(bias, x, "bias"),
+      .running_mean = channels(running_mean, x, "running_mean"),
+      .running_var = channels(running_var, x, "running_var"),
+      .mean = statistics_row(mean, norm, x),
+      .rstd = statistics_row(rstd, norm, x),
+      .momentum = momentum,
+      .eps = eps,
+  };
+}
+
+inline Tensor empty_gradient(const OptionalTensor& parameter, const Tensor& x, bool wanted) {
+  return parameter && wanted ? empty_vector(x, x.size(1), raw_dtype(*parameter)) : not_asked_for(x);
+}
+
+inline ChannelVector gradient_data(const Tensor& gradient, const Tensor& x, const char* name) {
+  return gradient.numel() ? channels(gradient, x, name) : ChannelVector{};
+}
+
 template <typename Device>
-std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool save_mask) {
+std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool relu_first,
+                                    bool save_mask) {
   const Device device(x);
   const View flat{1, 1, x.numel()};
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, flat);
-  device.add_relu(dtype_of(x), x.numel(), x.data_ptr(), data_like(residual, x, "residual"),
-                  out.data_ptr(), mask_data(mask, x, flat));
+  device.add_relu(dtype_of(x), x.numel(), relu_first, x.data_ptr(),
+                  data_like(residual, x, "residual"), out.data_ptr(), mask_data(mask, x, flat));
   return {out, mask};
 }
 
@@ -161,28 +205,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(
     bool save_mask) {
   const Device device(x);
   const View view = view_of(x);
-  const int32_t statistics = raw_statistics_dtype(x);
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, view);
-  Tensor mean = empty_vector(x, view.n_channels, statistics);
-  Tensor rstd = empty_vector(x, view.n_channels, statistics);
-  STD_TORCH_CHECK(training || (running_mean && running_var), "running statistics: expected");
+  Tensor mean = empty_statistics(x, 1), rstd = empty_statistics(x, 1);
   device.batch_norm({
       .view = view,
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
       .residual = residual ? data_like(*residual, x, "residual") : nullptr,
-      .weight = channels(weight, x, "weight"),
-      .bias = channels(bias, x, "bias"),
-      .running_mean = channels(running_mean, x, "running_mean"),
-      .running_var = channels(running_var, x, "running_var"),
+      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
+      .residual_norm = {},
       .training = training,
       .relu = relu,
-      .momentum = momentum,
-      .eps = eps,
       .out = out.data_ptr(),
+      .out_pitch = view.n_channels * view.n_inner,
       .mask = mask_data(mask, x, view),
-      .mean = channels(mean, x, "mean"),
-      .rstd = channels(rstd, x, "rstd"),
   });
   return {out, mask, mean, rstd};
 }
@@ -194,35 +230,155 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     bool need_dx, bool need_dresidual, bool need_dparams) {
   const Device device(x);
   const View view = view_of(x);
-  const auto gradient_of = [&](const OptionalTensor& parameter) {
-    return parameter && need_dparams ? empty_vector(x, view.n_channels, raw_dtype(*parameter))
-                                     : not_asked_for(x);
-  };
   Tensor dx = need_dx ? empty_like(x) : not_asked_for(x);
   Tensor dresidual = need_dresidual ? empty_like(x) : not_asked_for(x);
-  Tensor dweight = gradient_of(weight), dbias = gradient_of(bias);
-  const Dtype statistics = statistics_of(dtype_of(x));
-  STD_TORCH_CHECK(dtype_of(mean) == statistics && dtype_of(rstd) == statistics,
-                  "mean, rstd: not those that forward returned");
+  Tensor dweight = empty_gradient(weight, x, need_dparams);
+  Tensor dbias = empty_gradient(bias, x, need_dparams);
   device.batch_norm_backward({
       .view = view,
       .dtype = dtype_of(x),
       .dout = data_like(dout, x, "dout"),
       .x = x.data_ptr(),
+      .residual = nullptr,
       .mask = mask ? mask_data(*mask, x, view) : nullptr,
-      .weight = channels(weight, x, "weight"),
-      .bias = channels(bias, x, "bias"),
-      .mean = channels(mean, x, "mean"),
-      .rstd = channels(rstd, x, "rstd"),
+      .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
+      .residual_norm = {},
       .training = training,
       .relu = relu,
       .dx = need_dx ? dx.data_ptr() : nullptr,
       .dresidual = need_dresidual ? dresidual.data_ptr() : nullptr,
-      .dweight = dweight.numel() ? channels(dweight, x, "dweight") : ChannelVector{},
-      .dbias = dbias.numel() ? channels(dbias, x, "dbias") : ChannelVector{},
+      .dweight = gradient_data(dweight, x, "dweight"),
+      .dbias = gradient_data(dbias, x, "dbias"),
+      .residual_dweight = {},
+      .residual_dbias = {},
       .need_dparams = need_dparams,
   });
   return {dx, dresidual, dweight, dbias};
+}
+
+// The distance in `out`, which may be part of a wider tensor, from one image, channels-last from
+// one pixel, to the next. Within them it must be laid out like x.
+inline int64_t pitch_of(const Tensor& out, const Tensor& x, const View& view) {
+  bool fits = out.dim() == x.dim() && out.scalar_type() == x.scalar_type() && same_device(out, x);
+  const bool planes = x.is_contiguous();
+  int64_t pitch = 0, inner = 1;  // elements of a plane, or pixels, inside dimension d
+  for (int64_t d = x.dim() - 1; fits && d >= 0; d -= d == 2 ? 2 : 1) {
+    fits = out.size(d) == x.size(d);
+    if (x.size(d) > 1) {
+      const int64_t stride = out.stride(d), step = planes && d == 0 ? 1 : inner;
+      if (planes && d > 0) {
+        fits &= stride == inner;
+      } else if (pitch == 0) {
+        pitch = stride / step;
+        fits &= stride % step == 0;
+      } else {
+        fits &= stride == pitch * step;
+      }
+    }
+    inner *= x.size(d);
+  }
+  fits = fits && out.size(1) == x.size(1);
+  fits = fits && (x.size(1) == 1 || out.stride(1) == (planes ? view.n_inner : 1));
+  const int64_t dense = view.n_channels * view.n_inner;
+  STD_TORCH_CHECK(
+      fits && (pitch == 0 || pitch >= dense),
+      "out: expected the shape, dtype and device of x, and its layout but for a distance "
+      "between images, or channels-last between pixels");
+  return pitch == 0 ? dense : pitch;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> batch_norm_relu_into(const Tensor& x, const OptionalTensor& weight,
+                                                const OptionalTensor& bias,
+                                                const OptionalTensor& running_mean,
+                                                const OptionalTensor& running_var,
+                                                const Tensor& out, bool training, double momentum,
+                                                double eps) {
+  const Device device(x);
+  const View view = view_of(x);
+  Tensor mean = empty_statistics(x, 1), rstd = empty_statistics(x, 1);
+  device.batch_norm({
+      .view = view,
+      .dtype = dtype_of(x),
+      .x = x.data_ptr(),
+      .residual = nullptr,
+      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
+      .residual_norm = {},
+      .training = training,
+      .relu = true,
+      .out = out.data_ptr(),
+      .out_pitch = pitch_of(out, x, view),
+      .mask = nullptr,
+  });
+  return {mean, rstd};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> dual_batch_norm(
+    const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& residual_weight,
+    const OptionalTensor& residual_bias, const OptionalTensor& residual_running_mean,
+    const OptionalTensor& residual_running_var, bool training, double momentum, double eps,
+    double residual_momentum, double residual_eps, bool save_mask) {
+  const Device device(x);
+  const View view = view_of(x);
+  Tensor out = empty_like(x), mask = empty_mask(x, save_mask, view);
+  Tensor mean = empty_statistics(x, 2), rstd = empty_statistics(x, 2);
+  device.batch_norm({
+      .view = view,
+      .dtype = dtype_of(x),
+      .x = x.data_ptr(),
+      .residual = data_like(residual, x, "residual"),
+      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
+      .residual_norm =
+          norm_of(residual_weight, residual_bias, residual_running_mean, residual_running_var,
+                  residual_momentum, residual_eps, mean, rstd, 1, x),
+      .training = training,
+      .relu = true,
+      .out = out.data_ptr(),
+      .out_pitch = view.n_channels * view.n_inner,
+      .mask = mask_data(mask, x, view),
+  });
+  return {out, mask, mean, rstd};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backward(
+    const Tensor& dout, const Tensor& x, const Tensor& residual, const Tensor& mask,
+    const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual_weight,
+    const OptionalTensor& residual_bias, const Tensor& mean, const Tensor& rstd, bool training,
+    bool need_dx, bool need_dresidual, bool need_dparams) {
+  const Device device(x);
+  const View view = view_of(x);
+  const uint8_t* bits = mask_data(mask, x, view);
+  STD_TORCH_CHECK(bits, "mask: expected one, got none");
+  Tensor dx = need_dx ? empty_like(x) : not_asked_for(x);
+  Tensor dresidual = need_dresidual ? empty_like(x) : not_asked_for(x);
+  Tensor dweight = empty_gradient(weight, x, need_dparams);
+  Tensor dbias = empty_gradient(bias, x, need_dparams);
+  Tensor residual_dweight = empty_gradient(residual_weight, x, need_dparams);
+  Tensor residual_dbias = empty_gradient(residual_bias, x, need_dparams);
+  device.batch_norm_backward({
+      .view = view,
+      .dtype = dtype_of(x),
+      .dout = data_like(dout, x, "dout"),
+      .x = x.data_ptr(),
+      .residual = data_like(residual, x, "residual"),
+      .mask = bits,
+      .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
+      .residual_norm = norm_of(residual_weight, residual_bias, {}, {}, 0, 0, mean, rstd, 1, x),
+      .training = training,
+      .relu = true,
+      .dx = need_dx ? dx.data_ptr() : nullptr,
+      .dresidual = need_dresidual ? dresidual.data_ptr() : nullptr,
+      .dweight = gradient_data(dweight, x, "dweight"),
+      .dbias = gradient_data(dbias, x, "dbias"),
+      .residual_dweight = gradient_data(residual_dweight, x, "residual_dweight"),
+      .residual_dbias = gradient_data(residual_dbias, x, "residual_dbias"),
+      .need_dparams = need_dparams,
+  });
+  return {dx, dresidual, dweight, dbias, residual_dweight, residual_dbias};
 }
 
 // Registers the operators of one device with a torch::stable library.
@@ -232,6 +388,9 @@ void implement(Library& library) {
   library.impl("add_relu_backward", TORCH_BOX(&add_relu_backward<Device>));
   library.impl("batch_norm", TORCH_BOX(&batch_norm<Device>));
   library.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward<Device>));
+  library.impl("batch_norm_relu_into", TORCH_BOX(&batch_norm_relu_into<Device>));
+  library.impl("dual_batch_norm", TORCH_BOX(&dual_batch_norm<Device>));
+  library.impl("dual_batch_norm_backward", TORCH_BOX(&dual_batch_norm_backward<Device>));
 }
 
 }  // namespace fusedskip

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <optional>
 #include <string_view>
 
 #include "kernels.h"
@@ -141,6 +142,7 @@ struct Tiling {
   }
 
   int64_t group_channels() const { return per_lane ? view.n_channels : 1; }
+  int64_t first_channel(int64_t group) const { return group * group_channels(); }
   int64_t tile_elements() const { return outer * piece_length * group_channels(); }
 
   Tile tile(int64_t group, int64_t index) const {
@@ -191,22 +193,24 @@ void two_stages(const Tiling& tiling, bool reduces, const Reduce& reduce, const 
   });
 }
 
-// Two numbers for every channel of every tile.
+// Some numbers for every channel of every tile.
 class Partials {
  public:
-  Partials(const Tiling& tiling, bool used)
+  Partials(const Tiling& tiling, int numbers)
       : tiling_(tiling),
-        size_(used ? tiling.tiles * tiling.view.n_channels : 0),
-        data_(new double[2 * size_]) {}
+        size_(tiling.tiles * tiling.view.n_channels),
+        data_(new double[numbers * size_]) {}
 
-  double* first(int64_t group, int64_t tile) const { return data_.get() + index(group, tile); }
-  double* second(int64_t group, int64_t tile) const { return first(group, tile) + size_; }
-
- private:
-  int64_t index(int64_t group, int64_t tile) const {
-    return (group * tiling_.tiles + tile) * tiling_.group_channels();
+  // One of the numbers for all channels of a tile.
+  double* of_tile(int number, int64_t group, int64_t tile) const {
+    return data_.get() + number * size_ + (group * tiling_.tiles + tile) * tiling_.group_channels();
   }
 
+  double of_channel(int number, int64_t c, int64_t tile) const {
+    return tiling_.per_lane ? of_tile(number, 0, tile)[c] : *of_tile(number, c, tile);
+  }
+
+ private:
   const Tiling& tiling_;
   int64_t size_;
   std::unique_ptr<double[]> data_;
@@ -233,135 +237,218 @@ S scale_of(const ChannelVector& weight, int64_t c, S rstd) {
   return S(get(weight, c, 1)) * rstd;
 }
 
+// One norm in forward, of x or of residual: its statistics, and the coefficients that they give.
 template <typename S>
-void forward(const BatchNormForward& args) {
-  const View view = args.view;
-  const Tiling tiling(view, args.dtype);
-  const Partials partials(tiling, args.training);
-  const Coefficients<S, 2> coefficients(view.n_channels);
-  S* mean = static_cast<S*>(args.mean.data);
-  S* rstd = static_cast<S*>(args.rstd.data);
-  S *scale = coefficients[0], *shift = coefficients[1];
-  const Kernels& kernel = kernels(args.dtype);
+class ForwardNorm {
+ public:
+  ForwardNorm(const BatchNormForward& args, const Norm& norm, const void* input,
+              const Tiling& tiling)
+      : args_(args),
+        norm_(norm),
+        input_(input),
+        tiling_(tiling),
+        partials_(tiling, args.training ? 2 : 0),
+        mean_(static_cast<S*>(norm.mean.data)),
+        rstd_(static_cast<S*>(norm.rstd.data)),
+        coefficients_(args.view.n_channels) {}
 
-  const auto stats = [&](int64_t group, int64_t index) {
-    const Tile tile = tiling.tile(group, index);
-    kernel.stats({tile.runs, advance(args.x, tile.offset, args.dtype), partials.first(group, index),
-                  partials.second(group, index)});
-  };
+  void stats(int64_t group, int64_t index) const {
+    const Tile tile = tiling_.tile(group, index);
+    kernels(args_.dtype)
+        .stats({tile.runs, advance(input_, tile.offset, args_.dtype),
+                partials_.of_tile(0, group, index), partials_.of_tile(1, group, index)});
+  }
 
-  const auto batch_statistics = [&](int64_t c) {
-    const int64_t group = tiling.per_lane ? 0 : c, lane = tiling.per_lane ? c : 0;
+  void finish(int64_t c) const {
+    if (args_.training) {
+      batch_statistics(c);
+    } else {
+      mean_[c] = S(get(norm_.running_mean, c, 0));
+      rstd_[c] = S(1 / std::sqrt(get(norm_.running_var, c, 1) + norm_.eps));
+    }
+    scale_[c] = scale_of(norm_.weight, c, rstd_[c]);
+    shift_[c] = S(get(norm_.bias, c, 0));
+  }
+
+  // Of the channels from c on.
+  Affine affine(int64_t c) const {
+    return {.mean = mean_ + c, .scale = scale_ + c, .shift = shift_ + c};
+  }
+
+ private:
+  void batch_statistics(int64_t c) const {
     double sum = 0, m2 = 0, seen = 0;
-    for (int64_t index = 0; index < tiling.tiles; ++index) {
-      const double count = double(tiling.count(index));
-      const double tile_sum = partials.first(group, index)[lane];
+    for (int64_t index = 0; index < tiling_.tiles; ++index) {
+      const double count = double(tiling_.count(index));
+      const double tile_sum = partials_.of_channel(0, c, index);
       const double delta = tile_sum / count - (seen > 0 ? sum / seen : 0);
-      m2 += partials.second(group, index)[lane] + delta * delta * (seen * count / (seen + count));
+      m2 += partials_.of_channel(1, c, index) + delta * delta * (seen * count / (seen + count));
       sum += tile_sum;
       seen += count;
     }
-    const double batch_mean = sum / seen, keep = 1 - args.momentum;
-    if (args.running_mean.data) {
+    const double batch_mean = sum / seen, keep = 1 - norm_.momentum;
+    if (norm_.running_mean.data) {
       const auto update = [&](const ChannelVector& running, double batch) {
-        set(running, c, keep * get(running, c, 0) + args.momentum * batch);
+        set(running, c, keep * get(running, c, 0) + norm_.momentum * batch);
       };
-      update(args.running_mean, batch_mean);
-      update(args.running_var, m2 / (seen - 1));
+      update(norm_.running_mean, batch_mean);
+      update(norm_.running_var, m2 / (seen - 1));
     }
-    mean[c] = S(batch_mean);
-    rstd[c] = S(1 / std::sqrt(m2 / seen + args.eps));
+    mean_[c] = S(batch_mean);
+    rstd_[c] = S(1 / std::sqrt(m2 / seen + norm_.eps));
+  }
+
+  const BatchNormForward& args_;
+  const Norm& norm_;
+  const void* input_;
+  const Tiling& tiling_;
+  Partials partials_;
+  S *mean_, *rstd_;
+  Coefficients<S, 2> coefficients_;
+  S *scale_ = coefficients_[0], *shift_ = coefficients_[1];
+};
+
+template <typename S>
+void forward(const BatchNormForward& args) {
+  const Tiling tiling(args.view, args.dtype);
+  const ForwardNorm<S> norm(args, args.norm, args.x, tiling);
+  std::optional<ForwardNorm<S>> residual_norm;
+  if (args.residual_norm.present())
+    residual_norm.emplace(args, args.residual_norm, args.residual, tiling);
+
+  const auto stats = [&](int64_t group, int64_t index) {
+    norm.stats(group, index);
+    if (residual_norm) residual_norm->stats(group, index);
   };
 
   const auto finish = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      if (args.training) {
-        batch_statistics(c);
-      } else {
-        mean[c] = S(get(args.running_mean, c, 0));
-        rstd[c] = S(1 / std::sqrt(get(args.running_var, c, 1) + args.eps));
-      }
-      scale[c] = scale_of(args.weight, c, rstd[c]);
-      shift[c] = S(get(args.bias, c, 0));
+      norm.finish(c);
+      if (residual_norm) residual_norm->finish(c);
     }
   };
 
+  const int64_t slab = args.view.n_channels * args.view.n_inner;
+  const bool dense = args.out_pitch == slab;
+  const bool on_cache_lines =
+      (uintptr_t(args.out) | uintptr_t(args.out_pitch * bytes(args.dtype))) % 64 == 0;
   const auto apply = [&](int64_t group, int64_t index) {
-    const Tile tile = tiling.tile(group, index);
-    const int64_t c = tiling.per_lane ? 0 : group;
-    kernel.apply({tile.runs,
-                  advance(args.x, tile.offset, args.dtype),
-                  advance(args.residual, tile.offset, args.dtype),
-                  advance(args.out, tile.offset, args.dtype),
-                  advance_mask(args.mask, tile.mask_offset),
-                  {mean + c, scale + c, shift + c},
-                  args.relu});
+    Tile tile = tiling.tile(group, index);
+    tile.runs.streams &= dense || on_cache_lines;
+    const int64_t c = tiling.first_channel(group);
+    const int64_t out_offset = tile.offset + tile.offset / slab * (args.out_pitch - slab);
+    kernels(args.dtype)
+        .apply({.runs = tile.runs,
+                .x = advance(args.x, tile.offset, args.dtype),
+                .residual = advance(args.residual, tile.offset, args.dtype),
+                .out = advance(args.out, out_offset, args.dtype),
+                .out_stride = args.out_pitch,
+                .mask = advance_mask(args.mask, tile.mask_offset),
+                .affine = norm.affine(c),
+                .residual_affine = residual_norm ? residual_norm->affine(c) : Affine{},
+                .relu = args.relu ? Relu::kLast : Relu::kNone});
   };
 
   two_stages(tiling, args.training, stats, finish, apply);
 }
 
+// One norm in backward, of x or of residual: the coefficients that forward used, and those of its
+// input's gradient.
 template <typename S>
-void backward(const BatchNormBackward& args) {
-  const View view = args.view;
-  const Tiling tiling(view, args.dtype);
-  const bool needs_apply = args.dx || args.dresidual;
-  const bool reduces = args.reduces();
-  const Partials partials(tiling, reduces);
-  const Coefficients<S, 4> coefficients(view.n_channels);
-  const S* mean = static_cast<const S*>(args.mean.data);
-  const S* rstd = static_cast<const S*>(args.rstd.data);
-  S *scale = coefficients[0], *shift = coefficients[1], *k2 = coefficients[2],
-    *k3 = coefficients[3];
-  const Gate gate = !args.relu ? Gate::kNone : args.mask ? Gate::kMask : Gate::kRecompute;
-  const double n = double(view.n_outer) * double(view.n_inner);
-  const Kernels& kernel = kernels(args.dtype);
-
-  for (int64_t c = 0; c < view.n_channels; ++c) {
-    scale[c] = scale_of(args.weight, c, rstd[c]);
-    shift[c] = S(get(args.bias, c, 0));
+class BackwardNorm {
+ public:
+  BackwardNorm(const BatchNormBackward& args, const Norm& norm, const ChannelVector& dweight,
+               const ChannelVector& dbias)
+      : args_(args),
+        dweight_(dweight),
+        dbias_(dbias),
+        mean_(static_cast<const S*>(norm.mean.data)),
+        rstd_(static_cast<const S*>(norm.rstd.data)),
+        coefficients_(args.view.n_channels) {
+    for (int64_t c = 0; c < args.view.n_channels; ++c) {
+      scale_[c] = scale_of(norm.weight, c, rstd_[c]);
+      shift_[c] = S(get(norm.bias, c, 0));
+    }
   }
 
-  const auto affine = [&](int64_t group) -> Affine {
-    const int64_t c = tiling.per_lane ? 0 : group;
-    return {mean + c, scale + c, shift + c};
-  };
+  // From Σg and Σg·(x - mean).
+  void finish(int64_t c, double sum_g, double sum_gx) const {
+    const double scale = scale_[c], rstd = rstd_[c];
+    const double n = double(args_.view.n_outer) * double(args_.view.n_inner);
+    if (dweight_.data) set(dweight_, c, rstd * sum_gx);
+    if (dbias_.data) set(dbias_, c, sum_g);
+    k2_[c] = S(-scale * rstd * rstd * sum_gx / n);
+    k3_[c] = S(-scale * sum_g / n);
+  }
+
+  // Of the channels from c on.
+  Affine affine(int64_t c) const {
+    return {mean_ + c, scale_ + c, shift_ + c, args_.training ? k2_ + c : nullptr, k3_ + c};
+  }
+
+ private:
+  const BatchNormBackward& args_;
+  const ChannelVector &dweight_, &dbias_;
+  const S *mean_, *rstd_;
+  Coefficients<S, 4> coefficients_;
+  S *scale_ = coefficients_[0], *shift_ = coefficients_[1];
+  S *k2_ = coefficients_[2], *k3_ = coefficients_[3];
+};
+
+template <typename S>
+void backward(const BatchNormBackward& args) {
+  const Tiling tiling(args.view, args.dtype);
+  const bool needs_apply = args.dx || args.dresidual;
+  const bool reduces = args.reduces(), dual = args.residual_norm.present();
+  const Partials partials(tiling, !reduces ? 0 : dual ? 3 : 2);
+  const BackwardNorm<S> norm(args, args.norm, args.dweight, args.dbias);
+  std::optional<BackwardNorm<S>> residual_norm;
+  if (dual)
+    residual_norm.emplace(args, args.residual_norm, args.residual_dweight, args.residual_dbias);
+  const Gate gate = !args.relu ? Gate::kNone : args.mask ? Gate::kMask : Gate::kRecompute;
 
   const auto bwd_reduce = [&](int64_t group, int64_t index) {
     const Tile tile = tiling.tile(group, index);
-    kernel.bwd_reduce({tile.runs, advance(args.dout, tile.offset, args.dtype),
-                       advance(args.x, tile.offset, args.dtype),
-                       advance_mask(args.mask, tile.mask_offset), affine(group), gate,
-                       partials.first(group, index), partials.second(group, index)});
+    const int64_t c = tiling.first_channel(group);
+    kernels(args.dtype)
+        .bwd_reduce({.runs = tile.runs,
+                     .dout = advance(args.dout, tile.offset, args.dtype),
+                     .x = advance(args.x, tile.offset, args.dtype),
+                     .residual = advance(args.residual, tile.offset, args.dtype),
+                     .mask = advance_mask(args.mask, tile.mask_offset),
+                     .affine = norm.affine(c),
+                     .residual_affine = dual ? residual_norm->affine(c) : Affine{},
+                     .gate = gate,
+                     .sums = {partials.of_tile(0, group, index), partials.of_tile(1, group, index),
+                              dual ? partials.of_tile(2, group, index) : nullptr}});
   };
 
   const auto finish = [&](int64_t begin, int64_t end) {
     if (!reduces) return;
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t group = tiling.per_lane ? 0 : c, lane = tiling.per_lane ? c : 0;
-      double sum_g = 0, sum_gx = 0;
-      for (int64_t index = 0; index < tiling.tiles; ++index) {
-        sum_g += partials.first(group, index)[lane];
-        sum_gx += partials.second(group, index)[lane];
-      }
-      const double r = rstd[c];
-      if (args.dweight.data) set(args.dweight, c, r * sum_gx);
-      if (args.dbias.data) set(args.dbias, c, sum_g);
-      k2[c] = S(-double(scale[c]) * r * r * sum_gx / n);
-      k3[c] = S(-double(scale[c]) * sum_g / n);
+      double sums[3] = {};
+      for (int64_t index = 0; index < tiling.tiles; ++index)
+        for (int s = 0; s < (dual ? 3 : 2); ++s) sums[s] += partials.of_channel(s, c, index);
+      norm.finish(c, sums[0], sums[1]);
+      if (dual) residual_norm->finish(c, sums[0], sums[2]);
     }
   };
 
   const auto bwd_apply = [&](int64_t group, int64_t index) {
     if (!needs_apply) return;
     const Tile tile = tiling.tile(group, index);
-    const int64_t c = tiling.per_lane ? 0 : group;
-    kernel.bwd_apply({tile.runs, advance(args.dout, tile.offset, args.dtype),
-                      advance(args.x, tile.offset, args.dtype),
-                      advance_mask(args.mask, tile.mask_offset),
-                      advance(args.dx, tile.offset, args.dtype),
-                      advance(args.dresidual, tile.offset, args.dtype), affine(group),
-                      args.training ? k2 + c : nullptr, k3 + c, gate});
+    const int64_t c = tiling.first_channel(group);
+    kernels(args.dtype)
+        .bwd_apply({.runs = tile.runs,
+                    .dout = advance(args.dout, tile.offset, args.dtype),
+                    .x = advance(args.x, tile.offset, args.dtype),
+                    .residual = advance(args.residual, tile.offset, args.dtype),
+                    .mask = advance_mask(args.mask, tile.mask_offset),
+                    .dx = advance(args.dx, tile.offset, args.dtype),
+                    .dresidual = advance(args.dresidual, tile.offset, args.dtype),
+                    .affine = norm.affine(c),
+                    .residual_affine = dual ? residual_norm->affine(c) : Affine{},
+                    .gate = gate});
   };
 
   two_stages(tiling, reduces, bwd_reduce, finish, bwd_apply);
@@ -377,19 +464,19 @@ void batch_norm_backward(const BatchNormBackward& args) {
   args.dtype == Dtype::kFloat64 ? backward<double>(args) : backward<float>(args);
 }
 
-void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
-              uint8_t* mask) {
+void add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x, const void* residual,
+              void* out, uint8_t* mask) {
   const Tiling tiling({1, 1, numel}, dtype);
   parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tiling.tile(0, index);
-      kernels(dtype).apply({tile.runs,
-                            advance(x, tile.offset, dtype),
-                            advance(residual, tile.offset, dtype),
-                            advance(out, tile.offset, dtype),
-                            advance_mask(mask, tile.mask_offset),
-                            {},
-                            true});
+      kernels(dtype).apply({.runs = tile.runs,
+                            .x = advance(x, tile.offset, dtype),
+                            .residual = advance(residual, tile.offset, dtype),
+                            .out = advance(out, tile.offset, dtype),
+                            .out_stride = tile.runs.stride,
+                            .mask = advance_mask(mask, tile.mask_offset),
+                            .relu = relu_first ? Relu::kFirst : Relu::kLast});
     }
   });
 }
@@ -400,16 +487,11 @@ void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8
   parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
     for (int64_t index = begin; index < end; ++index) {
       const Tile tile = tiling.tile(0, index);
-      kernels(dtype).bwd_apply({tile.runs,
-                                advance(dout, tile.offset, dtype),
-                                nullptr,
-                                mask + tile.mask_offset,
-                                nullptr,
-                                advance(dx, tile.offset, dtype),
-                                {},
-                                nullptr,
-                                nullptr,
-                                Gate::kMask});
+      kernels(dtype).bwd_apply({.runs = tile.runs,
+                                .dout = advance(dout, tile.offset, dtype),
+                                .mask = mask + tile.mask_offset,
+                                .dresidual = advance(dx, tile.offset, dtype),
+                                .gate = Gate::kMask});
     }
   });
 }

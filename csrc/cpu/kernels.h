@@ -16,6 +16,9 @@ namespace fusedskip::cpu {
 // output.
 enum class Gate { kNone, kMask, kRecompute };
 
+// Where the ReLU stands: nowhere, before the residual is added, or behind the sum.
+enum class Relu { kNone, kFirst, kLast };
+
 struct Runs {
   int64_t count;
   int64_t length;       // in elements
@@ -26,11 +29,14 @@ struct Runs {
   bool per_lane;        // coefficients differ from element to element of a run (channels-last)
 };
 
-// y = (x - mean) * scale + shift, in statistics precision S: double for fp64, else float.
+// The coefficients of one norm in statistics precision S: double for fp64, else float. Forward:
+// y = (x - mean)·scale + shift. Backward: dx = scale·g + k2·(x - mean) + k3, or scale·g.
 struct Affine {
-  const void* mean;  // null where there is no norm (add_relu)
+  const void* mean;  // null where there is no norm
   const void* scale;
   const void* shift;
+  const void* k2;  // for bwd_apply alone, null in evaluation
+  const void* k3;
 };
 
 struct StatsTile {
@@ -45,32 +51,35 @@ struct ApplyTile {
   const void* x;
   const void* residual;  // or null
   void* out;
-  uint8_t* mask;  // or null
-  Affine affine;
-  bool relu;
+  int64_t out_stride;  // as that of the runs, which out may part further
+  uint8_t* mask;       // or null
+  Affine affine;       // absent in add_relu
+  Affine residual_affine;
+  Relu relu;
 };
 
 struct BwdReduceTile {
   Runs runs;
   const void* dout;
   const void* x;
+  const void* residual;  // null but where it has a norm of its own
   const uint8_t* mask;
   Affine affine;
+  Affine residual_affine;
   Gate gate;
-  double* sum_g;   // Σg per channel of the tile
-  double* sum_gx;  // Σg·(x - mean), likewise
+  double* sums[3];  // Σg, Σg·(x - mean) and, with a residual, likewise its own, per channel
 };
 
 struct BwdApplyTile {
   Runs runs;
   const void* dout;
   const void* x;
+  const void* residual;  // null but where it has a norm of its own
   const uint8_t* mask;
   void* dx;         // or null
   void* dresidual;  // or null
-  Affine affine;    // dx = scale·g + k2·(x - mean) + k3; without k2 (evaluation) dx = scale·g
-  const void* k2;
-  const void* k3;
+  Affine affine;
+  Affine residual_affine;
   Gate gate;
 };
 

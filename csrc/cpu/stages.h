@@ -18,13 +18,27 @@ namespace fusedskip::cpu::FUSEDSKIP_ISA {
 template <typename S, bool kPerLane>
 struct Coefficient {
   const S* p;
+
+  explicit Coefficient(const void* coefficients) : p(static_cast<const S*>(coefficients)) {}
+
+  template <typename... N>
+  Pack<S> at(int64_t i, N... n) const {
+    return load(p + i, n...);
+  }
+};
+
+// One number for all lanes; absent it is 0.
+template <typename S>
+struct Coefficient<S, false> {
   Pack<S> all;
 
-  explicit Coefficient(const void* coefficients) : p(static_cast<const S*>(coefficients)) {
-    all = Pack<S>::broadcast(!kPerLane && p ? *p : S(0));
+  explicit Coefficient(const void* p)
+      : all(Pack<S>::broadcast(p ? *static_cast<const S*>(p) : 0)) {}
+
+  template <typename... N>
+  Pack<S> at(int64_t, N...) const {
+    return all;
   }
-  Pack<S> at(int64_t i) const { return kPerLane ? load(p + i) : all; }
-  Pack<S> at(int64_t i, int n) const { return kPerLane ? load(p + i, n) : all; }
 };
 
 // Calls body(i, n...) over a run: n is left out for whole packs and given for the rest.
@@ -33,6 +47,17 @@ inline void for_each_pack(int64_t length, Body body) {
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) body(i);
   if (i < length) body(i, int(length - i));
+}
+
+// Likewise body(k, i, n...), k going round the accumulators of the packs. Every k is a constant
+// once these loops are unrolled: accumulators that are chosen at run time lie in memory.
+template <int kLanes, int kAccumulators, typename Body>
+inline void for_each_pack_in_turn(int64_t length, Body body) {
+  int64_t i = 0;
+  for (; i + kAccumulators * kLanes <= length; i += kAccumulators * kLanes)
+    for (int k = 0; k < kAccumulators; ++k) body(k, i + k * kLanes);
+  for (int k = 0; k < kAccumulators - 1 && i + kLanes <= length; ++k, i += kLanes) body(k, i);
+  if (i < length) body(kAccumulators - 1, i, int(length - i));
 }
 
 // The mask of a pack from element i of a run on, whole bytes; with n its padding bits are 0.
@@ -44,7 +69,8 @@ inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits) {
 template <int kMaskBytes>
 inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits, int n) {
   bits &= (1u << n) - 1;
-  for (int byte = 0; byte < (n + 7) / 8; ++byte) mask[i / 8 + byte] = uint8_t(bits >> 8 * byte);
+  for (int byte = 0; byte < kMaskBytes; ++byte)
+    if (8 * byte < n) mask[i / 8 + byte] = uint8_t(bits >> 8 * byte);
 }
 
 template <int kMaskBytes>
@@ -57,7 +83,8 @@ inline uint32_t load_mask(const uint8_t* mask, int64_t i) {
 template <int kMaskBytes>
 inline uint32_t load_mask(const uint8_t* mask, int64_t i, int n) {
   uint32_t bits = 0;
-  for (int byte = 0; byte < (n + 7) / 8; ++byte) bits |= uint32_t(mask[i / 8 + byte]) << 8 * byte;
+  for (int byte = 0; byte < kMaskBytes; ++byte)
+    if (8 * byte < n) bits |= uint32_t(mask[i / 8 + byte]) << 8 * byte;
   return bits;
 }
 
@@ -80,6 +107,26 @@ inline void store_result(bool, T* p, Pack<S> a, int n) {
   store(p, a, n);
 }
 
+// What is added up: nothing, a tensor as it is, or a tensor normalised.
+enum class Term { kAbsent, kPlain, kNormalised };
+
+template <typename T, Term kTerm, bool kPerLane>
+struct TermOf {
+  using S = StatisticsOf<T>;
+  Coefficient<S, kPerLane> mean, scale, shift;
+
+  explicit TermOf(const Affine& affine)
+      : mean(affine.mean), scale(affine.scale), shift(affine.shift) {}
+
+  template <typename... N>
+  Pack<S> operator()(const T* run, int64_t i, N... n) const {
+    const Pack<S> x = load(run + i, n...);
+    if constexpr (kTerm == Term::kNormalised)
+      return fma(x - mean.at(i, n...), scale.at(i, n...), shift.at(i, n...));
+    return x;
+  }
+};
+
 // The gradient behind the ReLU.
 template <typename T, Gate kGate, bool kPerLane>
 struct Gated {
@@ -100,47 +147,68 @@ struct Gated {
   }
 };
 
-template <typename T, bool kPerLane, bool kNorm, bool kResidual, bool kRelu>
+// The gradient in front of a norm, of g behind it.
+template <typename S, bool kPerLane, bool kTraining>
+struct NormGradient {
+  Coefficient<S, kPerLane> mean, scale, k2, k3;
+
+  explicit NormGradient(const Affine& affine)
+      : mean(affine.mean), scale(affine.scale), k2(affine.k2), k3(affine.k3) {}
+
+  template <typename... N>
+  Pack<S> operator()(Pack<S> g, Pack<S> centred, int64_t i, N... n) const {
+    const Pack<S> d = g * scale.at(i, n...);
+    if constexpr (kTraining) return fma(centred, k2.at(i, n...), d + k3.at(i, n...));
+    return d;
+  }
+};
+
+template <typename T, bool kPerLane, Term kX, Term kResidual, Relu kRelu>
 void apply_runs(const ApplyTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
-  const Coefficient<S, kPerLane> mean(tile.affine.mean), scale(tile.affine.scale),
-      shift(tile.affine.shift);
+  const TermOf<T, kX, kPerLane> x_term(tile.affine);
+  const TermOf<T, kResidual, kPerLane> residual_term(tile.residual_affine);
+  constexpr bool kHasResidual = kResidual != Term::kAbsent;
   const P threshold = P::broadcast(kLargestStoredAsZero<T>);
   for (int64_t run = 0; run < tile.runs.count; ++run) {
     const int64_t offset = run * tile.runs.stride;
     const T* x = static_cast<const T*>(tile.x) + offset;
-    const T* residual = static_cast<const T*>(tile.residual) + (kResidual ? offset : 0);
-    T* out = static_cast<T*>(tile.out) + offset;
+    const T* residual = static_cast<const T*>(tile.residual) + (kHasResidual ? offset : 0);
+    T* out = static_cast<T*>(tile.out) + run * tile.out_stride;
     uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
-    prefetch<0>(tile.runs, kResidual ? residual : nullptr);
+    prefetch<0>(tile.runs, kHasResidual ? residual : nullptr);
     if (!tile.runs.streams) prefetch<1>(tile.runs, out);
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
-      P y = load(x + i, n...);
-      if constexpr (kNorm) y = fma(y - mean.at(i, n...), scale.at(i, n...), shift.at(i, n...));
-      if constexpr (kResidual) y = y + load(residual + i, n...);
-      if constexpr (kRelu) {
-        const uint32_t bits = exceeds(y, threshold);
-        y = keep(y, bits);
+      const auto relu = [&](P a) {
+        const uint32_t bits = exceeds(a, threshold);
+        a = keep(a, bits);
         if (mask) store_mask<P::kMaskBytes>(mask, i, bits, n...);
-      }
+        return a;
+      };
+      P y = x_term(x, i, n...);
+      if constexpr (kRelu == Relu::kFirst) y = relu(y);
+      if constexpr (kHasResidual) y = y + residual_term(residual, i, n...);
+      if constexpr (kRelu == Relu::kLast) y = relu(y);
       store_result(tile.runs.streams, out + i, y, n...);
     });
   }
   if (tile.runs.streams) order_streams();
 }
 
-template <typename T, bool kPerLane, Gate kGate, bool kTraining>
+template <typename T, bool kPerLane, Gate kGate, bool kDual, bool kTraining>
 void bwd_apply_runs(const BwdApplyTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
   const Gated<T, kGate, kPerLane> gated(tile.affine);
-  const Coefficient<S, kPerLane> k2(tile.k2), k3(tile.k3);
+  const NormGradient<S, kPerLane, kTraining> gradient(tile.affine),
+      residual_gradient(tile.residual_affine);
   constexpr bool kReadsX = kTraining || kGate == Gate::kRecompute;
   for (int64_t run = 0; run < tile.runs.count; ++run) {
     const int64_t offset = run * tile.runs.stride;
     const T* dout = static_cast<const T*>(tile.dout) + offset;
     const T* x = static_cast<const T*>(tile.x) + (kReadsX ? offset : 0);
+    const T* residual = static_cast<const T*>(tile.residual) + (kDual ? offset : 0);
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
     T* dx = tile.dx ? static_cast<T*>(tile.dx) + offset : nullptr;
     T* dresidual = tile.dresidual ? static_cast<T*>(tile.dresidual) + offset : nullptr;
@@ -154,12 +222,17 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
         if (kGate == Gate::kRecompute || dx) centred = load(x + i, n...) - gated.mean.at(i, n...);
       }
       const P g = gated(load(dout + i, n...), centred, mask, i, n...);
-      if (dresidual) store_result(tile.runs.streams, dresidual + i, g, n...);
-      if (dx) {
-        P d = g * gated.scale.at(i, n...);
-        if constexpr (kTraining) d = fma(centred, k2.at(i, n...), d + k3.at(i, n...));
-        store_result(tile.runs.streams, dx + i, d, n...);
+      if (dresidual) {
+        P d = g;
+        if constexpr (kDual) {
+          P residual_centred = P::broadcast(0);
+          if constexpr (kTraining)
+            residual_centred = load(residual + i, n...) - residual_gradient.mean.at(i, n...);
+          d = residual_gradient(g, residual_centred, i, n...);
+        }
+        store_result(tile.runs.streams, dresidual + i, d, n...);
       }
+      if (dx) store_result(tile.runs.streams, dx + i, gradient(g, centred, i, n...), n...);
     });
   }
   if (tile.runs.streams) order_streams();
@@ -191,12 +264,8 @@ void stats_planes(const StatsTile& tile) {
   const auto for_each = [&](auto body) {
     for (int64_t run = 0; run < tile.runs.count; ++run) {
       const T* x = tile_x + run * tile.runs.stride;
-      int64_t i = 0;
-      for (; i + kColumn * P::kLanes <= tile.runs.length; i += kColumn * P::kLanes)
-        for (int k = 0; k < kColumn; ++k) body(k, load(x + i + k * P::kLanes));
-      for_each_pack<P::kLanes>(tile.runs.length - i, [&](int64_t j, auto... n) {
-        body(int(j / P::kLanes), load(x + i + j, n...), n...);
-      });
+      for_each_pack_in_turn<P::kLanes, kColumn>(
+          tile.runs.length, [&](int k, int64_t i, auto... n) { body(k, load(x + i, n...), n...); });
     }
   };
   const auto fold = [](const P(&a)[kColumn]) { return double(sum((a[0] + a[1]) + (a[2] + a[3]))); };
@@ -274,65 +343,80 @@ void stats_rows(const StatsTile& tile) {
   }
 }
 
-template <typename T, Gate kGate>
+template <typename T, Gate kGate, bool kDual>
 void bwd_reduce_planes(const BwdReduceTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
   const Gated<T, kGate, false> gated(tile.affine);
-  P sum_g[2] = {}, sum_gx[2] = {};
+  const Coefficient<S, false> residual_mean(tile.residual_affine.mean);
+  // Several vectors in a pack hide the latency by themselves.
+  constexpr int kSums = kDual ? 3 : 2, kAccumulators = P::kVectors == 1 ? 2 : 1;
+  P sums[kSums][kAccumulators] = {};
   for (int64_t run = 0; run < tile.runs.count; ++run) {
     const T* dout = static_cast<const T*>(tile.dout) + run * tile.runs.stride;
     const T* x = static_cast<const T*>(tile.x) + run * tile.runs.stride;
+    const T* residual = static_cast<const T*>(tile.residual) + (kDual ? run * tile.runs.stride : 0);
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
     prefetch<0>(tile.runs, dout);
     prefetch<0>(tile.runs, x);
-    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
-      const P centred = load(x + i, n...) - gated.mean.all;
-      // Lanes past the run's end load dout = 0 and add nothing.
-      const P g = gated(load(dout + i, n...), centred, mask, i, n...);
-      const int k = (i / P::kLanes) % 2;
-      sum_g[k] = sum_g[k] + g;
-      sum_gx[k] = fma(g, centred, sum_gx[k]);
-    });
+    prefetch<0>(tile.runs, kDual ? residual : nullptr);
+    for_each_pack_in_turn<P::kLanes, kAccumulators>(
+        tile.runs.length, [&](int k, int64_t i, auto... n) {
+          const P centred = load(x + i, n...) - gated.mean.all;
+          // Lanes past the run's end load dout = 0 and add nothing.
+          const P g = gated(load(dout + i, n...), centred, mask, i, n...);
+          sums[0][k] = sums[0][k] + g;
+          sums[1][k] = fma(g, centred, sums[1][k]);
+          if constexpr (kDual)
+            sums[2][k] = fma(g, load(residual + i, n...) - residual_mean.all, sums[2][k]);
+        });
   }
-  *tile.sum_g = double(sum(sum_g[0] + sum_g[1]));
-  *tile.sum_gx = double(sum(sum_gx[0] + sum_gx[1]));
+  for (int s = 0; s < kSums; ++s) {
+    P total = sums[s][0];
+    for (int k = 1; k < kAccumulators; ++k) total = total + sums[s][k];
+    *tile.sums[s] = double(sum(total));
+  }
 }
 
-template <typename T, Gate kGate>
+template <typename T, Gate kGate, bool kDual>
 void bwd_reduce_rows(const BwdReduceTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
   const Gated<T, kGate, true> gated(tile.affine);
+  const Coefficient<S, true> residual_mean(tile.residual_affine.mean);
+  constexpr int kSums = kDual ? 3 : 2;
   const int64_t n_channels = tile.runs.length, block = rows_a_block(n_channels);
-  for (int64_t c = 0; c < n_channels; ++c) tile.sum_g[c] = tile.sum_gx[c] = 0;
+  for (int s = 0; s < kSums; ++s)
+    for (int64_t c = 0; c < n_channels; ++c) tile.sums[s][c] = 0;
   for (int64_t row = 0; row < tile.runs.count; row += block) {
     const int64_t rows = row + block < tile.runs.count ? block : tile.runs.count - row;
     const T* dout = static_cast<const T*>(tile.dout) + row * n_channels;
     const T* x = static_cast<const T*>(tile.x) + row * n_channels;
+    const T* residual = static_cast<const T*>(tile.residual) + (kDual ? row * n_channels : 0);
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + row * tile.runs.mask_stride : nullptr;
     for_each_column<P::kLanes>(n_channels, [&](int64_t c, auto packs, auto... n) {
       constexpr int kPacks = packs;
       constexpr int kLanes = kPacks * P::kLanes;
-      P sum_g[kPacks] = {}, sum_gx[kPacks] = {};
+      P sums[kSums][kPacks] = {};
       for (int64_t r = 0; r < rows; ++r)
         for (int k = 0; k < kPacks; ++k) {
           const int64_t i = c + k * P::kLanes;
           const P centred = load(x + r * n_channels + i, n...) - gated.mean.at(i, n...);
           const P g = gated(load(dout + r * n_channels + i, n...), centred,
                             mask + r * tile.runs.mask_stride, i, n...);
-          sum_g[k] = sum_g[k] + g;
-          sum_gx[k] = fma(g, centred, sum_gx[k]);
+          sums[0][k] = sums[0][k] + g;
+          sums[1][k] = fma(g, centred, sums[1][k]);
+          if constexpr (kDual)
+            sums[2][k] =
+                fma(g, load(residual + r * n_channels + i, n...) - residual_mean.at(i, n...),
+                    sums[2][k]);
         }
-      S lanes[2][kLanes];
-      std::memcpy(lanes[0], sum_g, sizeof(sum_g));
-      std::memcpy(lanes[1], sum_gx, sizeof(sum_gx));
+      S lanes[kSums][kLanes];
+      std::memcpy(lanes, sums, sizeof(sums));
       int valid = kLanes;
       ((valid = n), ...);
-      for (int l = 0; l < valid; ++l) {
-        tile.sum_g[c + l] += lanes[0][l];
-        tile.sum_gx[c + l] += lanes[1][l];
-      }
+      for (int s = 0; s < kSums; ++s)
+        for (int l = 0; l < valid; ++l) tile.sums[s][c + l] += lanes[s][l];
     });
   }
 }
@@ -346,15 +430,17 @@ inline void with_flag(bool flag, Body body) {
   }
 }
 
-template <typename Body>
-inline void with_gate(Gate gate, Body body) {
-  switch (gate) {
+// Calls body(gate, dual) with both as constants. Two norms always come with a mask.
+template <typename Tile, typename Body>
+inline void with_gate(const Tile& tile, Body body) {
+  if (tile.residual) return body(std::integral_constant<Gate, Gate::kMask>(), std::true_type());
+  switch (tile.gate) {
     case Gate::kNone:
-      return body(std::integral_constant<Gate, Gate::kNone>());
+      return body(std::integral_constant<Gate, Gate::kNone>(), std::false_type());
     case Gate::kMask:
-      return body(std::integral_constant<Gate, Gate::kMask>());
+      return body(std::integral_constant<Gate, Gate::kMask>(), std::false_type());
     case Gate::kRecompute:
-      return body(std::integral_constant<Gate, Gate::kRecompute>());
+      return body(std::integral_constant<Gate, Gate::kRecompute>(), std::false_type());
   }
 }
 
@@ -365,11 +451,17 @@ void stats(const StatsTile& tile) {
 
 template <typename T>
 void apply(const ApplyTile& tile) {
+  using enum Term;
+  if (!tile.affine.mean)  // add_relu: a ReLU and a residual, and the layout does not matter
+    return tile.relu == Relu::kFirst ? apply_runs<T, false, kPlain, kPlain, Relu::kFirst>(tile)
+                                     : apply_runs<T, false, kPlain, kPlain, Relu::kLast>(tile);
   with_flag(tile.runs.per_lane, [&](auto per_lane) {
-    with_flag(tile.affine.mean != nullptr, [&](auto norm) {
-      with_flag(tile.residual != nullptr, [&](auto residual) {
-        with_flag(tile.relu,
-                  [&](auto relu) { apply_runs<T, per_lane, norm, residual, relu>(tile); });
+    if (tile.residual_affine.mean)
+      return apply_runs<T, per_lane, kNormalised, kNormalised, Relu::kLast>(tile);
+    with_flag(tile.residual != nullptr, [&](auto residual) {
+      with_flag(tile.relu == Relu::kLast, [&](auto relu) {
+        apply_runs<T, per_lane, kNormalised, residual ? kPlain : kAbsent,
+                   relu ? Relu::kLast : Relu::kNone>(tile);
       });
     });
   });
@@ -377,16 +469,19 @@ void apply(const ApplyTile& tile) {
 
 template <typename T>
 void bwd_reduce(const BwdReduceTile& tile) {
-  with_gate(tile.gate, [&](auto gate) {
-    tile.runs.per_lane ? bwd_reduce_rows<T, gate>(tile) : bwd_reduce_planes<T, gate>(tile);
+  with_gate(tile, [&](auto gate, auto dual) {
+    tile.runs.per_lane ? bwd_reduce_rows<T, gate, dual>(tile)
+                       : bwd_reduce_planes<T, gate, dual>(tile);
   });
 }
 
 template <typename T>
 void bwd_apply(const BwdApplyTile& tile) {
   with_flag(tile.runs.per_lane, [&](auto per_lane) {
-    with_flag(tile.k2 != nullptr, [&](auto training) {
-      with_gate(tile.gate, [&](auto gate) { bwd_apply_runs<T, per_lane, gate, training>(tile); });
+    with_flag(tile.affine.k2 != nullptr, [&](auto training) {
+      with_gate(tile, [&](auto gate, auto dual) {
+        bwd_apply_runs<T, per_lane, gate, dual, training>(tile);
+      });
     });
   });
 }
