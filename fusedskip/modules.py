@@ -3,15 +3,25 @@
 They subclass `nn.BatchNorm1d/2d/3d`: constructors, parameters, buffers, state_dicts are theirs.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import functional
 
 
-def _forward(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """`relu?(bn(x) + residual?)` with the bookkeeping of `nn.BatchNorm*d.forward`."""
+class _Call(NamedTuple):
+    """What `nn.BatchNorm*d.forward` passes to `F.batch_norm`, and what it counts."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    counter: Tensor | None
+
+
+def _call(bn: _BatchNorm, x: Tensor) -> _Call:
     bn._check_input_dim(x)
     update = bn.training and bn.track_running_stats
     counter = bn.num_batches_tracked if update else None
@@ -22,23 +32,59 @@ def _forward(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -> 
     use_buffers = update or not bn.training
     running_mean, running_var = (bn.running_mean, bn.running_var) if use_buffers else (None, None)
     training = bn.training or (bn.running_mean is None and bn.running_var is None)
+    return _Call(running_mean, running_var, training, momentum, counter)
+
+
+def apply_norm(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """`relu?(bn(x) + residual?)` with the bookkeeping of `nn.BatchNorm*d.forward`."""
+    call = _call(bn, x)
     out = functional._batch_norm(
-        x, residual, running_mean, running_var, bn.weight, bn.bias,
-        training, momentum, bn.eps, relu,
+        x, residual, call.running_mean, call.running_var, bn.weight, bn.bias,
+        call.training, call.momentum, bn.eps, relu,
     )  # fmt: skip
-    if counter is not None:  # after the call: a refused one counts nothing
-        counter.add_(1)
+    if call.counter is not None:  # after the call: a refused one counts nothing
+        call.counter.add_(1)
+    return out
+
+
+def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
+    """`cat([skip, relu(bn(x))], dim=1)`, the bookkeeping of `bn` included."""
+    call = _call(bn, x)
+    out = functional.cat_batch_norm_relu(
+        x, skip, call.running_mean, call.running_var, bn.weight, bn.bias,
+        call.training, call.momentum, bn.eps,
+    )  # fmt: skip
+    if call.counter is not None:
+        call.counter.add_(1)
+    return out
+
+
+def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual: Tensor) -> Tensor:
+    """`relu(bn(x) + residual_bn(residual))`, the bookkeeping of both included."""
+    if bn is residual_bn or bn.training != residual_bn.training:  # one of them frozen
+        return apply_norm(bn, x, residual_bn(residual), relu=True)
+    call, other = _call(bn, x), _call(residual_bn, residual)
+    if call.training != other.training:  # only one tracks statistics
+        return apply_norm(bn, x, residual_bn(residual), relu=True)
+    out = functional.dual_batch_norm_add_relu(
+        x, residual, call.running_mean, call.running_var, other.running_mean, other.running_var,
+        bn.weight, bn.bias, residual_bn.weight, residual_bn.bias,
+        call.training, call.momentum, bn.eps, other.momentum, residual_bn.eps,
+    )  # fmt: skip
+    for counter in (call.counter, other.counter):
+        if counter is not None:
+            counter.add_(1)
     return out
 
 
 class _BatchNormReLU(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return _forward(self, x, None, relu=True)
+        return apply_norm(self, x, None, relu=True)
 
 
 class _BatchNormAddReLU(_BatchNorm):
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        return _forward(self, x, residual, relu=True)
+        return apply_norm(self, x, residual, relu=True)
 
 
 class BatchNormReLU1d(_BatchNormReLU, nn.BatchNorm1d):
@@ -70,49 +116,3 @@ class AddReLU(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return functional.add_relu(x, residual)
-
-
-_FUSIBLE_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether bypassing `module.forward` goes unnoticed: no hooks, no forward of its own."""
-    attributes = module.__dict__
-    return "forward" not in attributes and not any(attributes[hooks] for hooks in _HOOKS)
-
-
-def norm_add_act(
-    norm: nn.Module, act: nn.Module, x: Tensor, residual: Tensor | None = None
-) -> Tensor:
-    """`act(norm(x) + residual?)`: fused where the children are what kernels compute, else eager.
-
-    Fused for exactly `nn.BatchNorm1d/2d/3d` and `nn.ReLU` without hooks or a patched forward. That
-    is looked at in every call, so that a child replaced later (SyncBatchNorm, another activation,
-    parametrized weights) is honoured.
-
-    Args:
-        norm, act: the children of a block.
-        x: `(N, C, *)`.
-        residual: shape of `norm(x)`, or None.
-
-    Raises:
-        ValueError: the shapes of `x` and `residual` differ.
-    """
-    if residual is not None and residual.shape != x.shape:
-        raise ValueError(
-            f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}"
-        )
-    if (
-        type(norm) in _FUSIBLE_NORMS
-        and type(act) is nn.ReLU
-        and _is_plain(norm)
-        and _is_plain(act)
-        and not _has_any_global_hook()
-        and (residual is None or residual.dtype == x.dtype)
-    ):
-        return _forward(norm, x, residual, relu=True)  # type: ignore[arg-type]
-    out: Tensor = norm(x)
-    if residual is not None:
-        out += residual
-    return act(out)

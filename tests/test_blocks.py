@@ -1,89 +1,23 @@
 """The blocks against their eager twins: values, gradients, buffers, checkpoints."""
 
 import copy
-import importlib.util
 import itertools
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-import fusedskip
 from fusedskip import blocks
 
-# torchvision's compiled operators need its own build of torch; its models do not, but for names.
-try:
-    torch.ops.load_library(
-        *Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*.so")
-    )
-except OSError:
-    _torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in ("nms", "qnms"):
-        _torchvision_operators.define(
-            f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+from .libraries import torchvision
+from .support import assert_trains_alike, fused_calls
 
-from torchvision.models import resnet as torchvision_resnet
+torchvision_resnet = torchvision.models.resnet
 
-
-class EagerResidualBlock(nn.Module):
-    """ResidualBlock from torch.nn alone."""
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1)
-            if in_channels != out_channels
-            else nn.Identity()
-        )
-
-    def forward(self, x):
-        out = self.bn1(self.conv1(x)).relu()
-        return (self.bn2(self.conv2(out)) + self.shortcut(x)).relu()
-
-
-def randomise_norms(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.uniform_(module.bias, -0.5, 0.5)
-
-
-def assert_trains_alike(fused, eager, shape, steps=3, rtol=1e-10, device="cpu"):
-    """Steps of SGD from the same weights in fp64, then evaluation."""
-    fused, eager = fused.double().to(device), eager.double().to(device)
-    randomise_norms(fused)
-    assert list(fused.state_dict()) == list(eager.state_dict())
-    eager.load_state_dict(fused.state_dict())
-    models = (fused, eager)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3, momentum=0.9) for m in models]
-    for step in range(steps):
-        x = torch.randn(shape, dtype=torch.float64, device=device)
-        if step % 2:
-            x = x.to(memory_format=torch.channels_last)
-        outs, grads = [], []
-        for model, optimizer in zip(models, optimizers, strict=True):
-            optimizer.zero_grad()
-            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
-            out = model(leaf)
-            out.square().mean().backward()
-            optimizer.step()
-            outs.append(out.detach())
-            grads.append([leaf.grad] + [p.grad for p in model.parameters()])
-        torch.testing.assert_close(*outs, rtol=rtol, atol=rtol)
-        for ours, theirs in zip(*grads, strict=True):
-            assert (ours - theirs).norm() <= rtol * (1 + theirs.norm())
-    for name, value in eager.state_dict().items():
-        torch.testing.assert_close(fused.state_dict()[name], value, rtol=rtol, atol=rtol)
-    x = torch.randn(shape, dtype=torch.float64, device=device)
-    with torch.no_grad():
-        torch.testing.assert_close(fused.eval()(x), eager.eval()(x), rtol=rtol, atol=rtol)
+# The functions behind the fused operations, and which of them a BasicBlock without downsample runs.
+ONE_NORM, TWO_NORMS = "_batch_norm", "dual_batch_norm_add_relu"
+FUSED = {ONE_NORM: 2}
 
 
 def downsample(inplanes, planes, stride):
@@ -114,21 +48,6 @@ def test_bottleneck_with_groups_and_dilation():
         for module in (blocks, torchvision_resnet)
     ]
     assert_trains_alike(*pair, (2, 64, 5, 5))
-
-
-@pytest.mark.parametrize("out_channels", [6, 9])
-def test_residual_block(backend, device, out_channels):
-    pair = [block(6, out_channels) for block in (blocks.ResidualBlock, EagerResidualBlock)]
-    assert_trains_alike(*pair, (3, 6, 5, 7), device=device)
-
-
-def test_two_block_network():
-    def network(block):
-        return nn.Sequential(
-            block(3, 64), block(64, 128), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10)
-        )
-
-    assert_trains_alike(network(blocks.ResidualBlock), network(EagerResidualBlock), (2, 3, 16, 16))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -201,20 +120,21 @@ def test_mismatched_residual_is_refused():
         block(torch.randn(2, 4, 6, 6))
 
 
-def fused_calls(monkeypatch, block, x):
-    """How many tails of one forward ran fused."""
-    calls = []
-    kernel = fusedskip.functional._batch_norm
-    monkeypatch.setattr(
-        fusedskip.functional, "_batch_norm", lambda *a, **k: calls.append(1) or kernel(*a, **k)
-    )
-    block(x)
-    monkeypatch.undo()
-    return len(calls)
+@pytest.mark.parametrize(("kind", "pairs"), [("BasicBlock", 1), ("Bottleneck", 2)])
+def test_downsample_and_branch_end_in_one_operation(monkeypatch, kind, pairs):
+    """relu(bn(x) + bn'(z)), behind a BN+ReLU for each convolution but the last."""
+    block = getattr(blocks, kind)
+    block = block(8, 4, 2, downsample(8, 4 * block.expansion, 2))
+    x = torch.randn(2, 8, 4, 4)
+    assert fused_calls(monkeypatch, block, x) == {ONE_NORM: pairs, TWO_NORMS: 1}
+    seen = []
+    block.downsample[1].register_forward_hook(lambda *_: seen.append("norm"))
+    assert fused_calls(monkeypatch, block, x) == {}
+    assert seen == ["norm"]
 
 
 class TestGuard:
-    """Whatever replaces or observes a child is honoured: that tail runs as it stands."""
+    """Whatever replaces or observes a child is honoured: the block then runs as it stands."""
 
     x = torch.randn(4, 6, 5, 5)
 
@@ -223,38 +143,38 @@ class TestGuard:
         return blocks.BasicBlock(6, 6)
 
     def test_plain_block_is_fused(self, monkeypatch, block):
-        assert fused_calls(monkeypatch, block, self.x) == 2
+        assert fused_calls(monkeypatch, block, self.x) == FUSED
 
     def test_hooks_fire(self, monkeypatch, block):
         seen = []
         handle = block.bn2.register_forward_hook(lambda *_: seen.append("bn2"))
-        assert fused_calls(monkeypatch, block, self.x) == 1
+        assert fused_calls(monkeypatch, block, self.x) == {}
         assert seen == ["bn2"]
         handle.remove()
-        assert fused_calls(monkeypatch, block, self.x) == 2
+        assert fused_calls(monkeypatch, block, self.x) == FUSED
         block.relu = nn.ReLU()  # in place, torch itself refuses a backward hook
         block.relu.register_full_backward_hook(lambda *_: seen.append("relu"))
-        assert fused_calls(monkeypatch, block, self.x) == 0
+        assert fused_calls(monkeypatch, block, self.x) == {}
 
     def test_global_hooks_fire(self, monkeypatch, block):
         seen = []
         hook = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
         try:
-            assert fused_calls(monkeypatch, block, self.x) == 0
+            assert fused_calls(monkeypatch, block, self.x) == {}
         finally:
             hook.remove()
         assert seen.count(nn.BatchNorm2d) == 2
-        assert fused_calls(monkeypatch, block, self.x) == 2
+        assert fused_calls(monkeypatch, block, self.x) == FUSED
 
     def test_patched_forward(self, monkeypatch, block):
         block.bn1.forward = lambda x: x * 0
-        assert fused_calls(monkeypatch, block, self.x) == 1
+        assert fused_calls(monkeypatch, block, self.x) == {}
 
     def test_other_norms_and_activations(self, monkeypatch, block):
         block.bn1 = nn.GroupNorm(2, 6)
-        assert fused_calls(monkeypatch, block, self.x) == 1
-        block.relu = nn.GELU()
-        assert fused_calls(monkeypatch, block, self.x) == 0
+        assert fused_calls(monkeypatch, block, self.x) == {}
+        block.relu = nn.GELU()  # takes what bn2 and the sum are one operation of
+        assert fused_calls(monkeypatch, block, self.x) == {ONE_NORM: 1}
 
     def test_norm_layer(self):
         block = blocks.Bottleneck(8, 2, norm_layer=lambda planes: nn.GroupNorm(2, planes))
@@ -268,13 +188,13 @@ class TestGuard:
     def test_sync_batch_norm(self, monkeypatch, block):
         block = nn.SyncBatchNorm.convert_sync_batchnorm(block).eval()
         assert isinstance(block.bn1, nn.SyncBatchNorm)
-        assert fused_calls(monkeypatch, block, self.x) == 0
+        assert fused_calls(monkeypatch, block, self.x) == {}
 
     def test_frozen_norm_is_still_fused(self, monkeypatch, block):
         block.train()
         block.bn1.eval()
         before = block.bn1.running_mean.clone()
-        assert fused_calls(monkeypatch, block, self.x) == 2
+        assert fused_calls(monkeypatch, block, self.x) == FUSED
         assert torch.equal(block.bn1.running_mean, before)
 
     def test_parametrized_weight(self, monkeypatch, block):
@@ -283,7 +203,7 @@ class TestGuard:
                 return 2 * weight
 
         nn.utils.parametrize.register_parametrization(block.bn1, "weight", Double())
-        assert fused_calls(monkeypatch, block, self.x) == 1
+        assert fused_calls(monkeypatch, block, self.x) == {}
 
 
 @pytest.mark.parametrize("kind", ["BasicBlock", "Bottleneck", "ResidualBlock"])

@@ -1,9 +1,4 @@
-"""Residual blocks with fused tails, to import in place of the eager ones.
-
-A block holds plain `torch.nn` children under the usual names, so checkpoints, optimizers and
-`convert_sync_batchnorm` see what they know. Its forward hands each tail to
-`fusedskip.modules.norm_add_act`, which fuses what is fusible and runs the rest as it stands.
-"""
+"""torchvision's ResNets and their blocks."""
 
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -11,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fusedskip.modules import norm_add_act
+from fusedskip.tails import chain, skip_connection
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -76,9 +71,8 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = norm_add_act(self.bn1, self.relu, self.conv1(x))
-        return norm_add_act(self.bn2, self.relu, self.conv2(out), identity)
+        branch = (self.conv1, self.bn1, self.relu, self.conv2, self.bn2)
+        return skip_connection(x, branch, (self.downsample,), self.relu)
 
 
 class Bottleneck(nn.Module):
@@ -125,35 +119,10 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.downsample is None else self.downsample(x)
-        out = norm_add_act(self.bn1, self.relu, self.conv1(x))
-        out = norm_add_act(self.bn2, self.relu, self.conv2(out))
-        return norm_add_act(self.bn3, self.relu, self.conv3(out), identity)
-
-
-class ResidualBlock(nn.Module):
-    """`relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`; padded 3x3 convolutions with bias.
-
-    Args:
-        in_channels, out_channels: where they differ, `shortcut` is a 1x1 convolution.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU()
-        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut: nn.Module = (
-            nn.Identity()
-            if in_channels == out_channels
-            else nn.Conv2d(in_channels, out_channels, kernel_size=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = norm_add_act(self.bn1, self.relu, self.conv1(x))
-        return norm_add_act(self.bn2, self.relu, self.conv2(out), self.shortcut(x))
+        branch = (
+            self.conv1, self.bn1, self.relu, self.conv2, self.bn2, self.relu, self.conv3, self.bn3,
+        )  # fmt: skip
+        return skip_connection(x, branch, (self.downsample,), self.relu)
 
 
 class ResNet(nn.Module):
@@ -233,7 +202,7 @@ class ResNet(nn.Module):
                     nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.maxpool(norm_add_act(self.bn1, self.relu, self.conv1(x)))
+        x = chain(x, (self.conv1, self.bn1, self.relu, self.maxpool))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

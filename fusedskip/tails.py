@@ -1,0 +1,272 @@
+"""Which neighbours among a block's modules are one operation, and running them as such.
+
+A plan is made in every call from the modules as they are then: what has been replaced, hooked or
+patched since the last one is seen. The kernels, by the names that `fusedskip.explain` gives them:
+
+    K1 relu(bn(x))    K2 relu(bn(x) + r)    K3 bn(x) + r
+    K4 relu(x + r)    K5 relu(x) + r        K6 relu(bn(x) + bn'(z))
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fusedskip import functional
+from fusedskip.modules import apply_dual_norm, apply_norm
+
+# The norms that kernels compute, by exact type, and what else must hold of one.
+NORMS: dict[type[nn.Module], Callable[[Any], bool]] = dict.fromkeys(
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), lambda norm: True
+)
+# Modules that call their children one after the other, by exact type: which, or None for all.
+CHAINS: dict[type[nn.Module], tuple[str, ...] | None] = {nn.Sequential: None}
+
+# A module to call, or a norm and the ReLU that is one operation with it.
+Step = tuple[nn.Module, nn.Module | None]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Plan(NamedTuple):
+    """`act(norm(branch(x)) + shortcut_norm(shortcut(x)))`; a chain is its branch alone.
+
+    Attributes:
+        branch, shortcut: the steps before the tail.
+        norm, shortcut_norm: what the tail computes with the sum, where there is such a norm.
+        act: the activation after the sum.
+        relu: whether the tail computes that, too.
+        norms: those that kernels are to compute.
+        bypassed: other modules whose `forward` is not called.
+    """
+
+    branch: list[Step]
+    shortcut: list[Step]
+    norm: nn.Module | None
+    shortcut_norm: nn.Module | None
+    act: nn.Module | None
+    relu: bool
+    norms: list[nn.Module]
+    bypassed: list[nn.Module]
+
+    def obstacle(self) -> tuple[nn.Module, str] | None:
+        """A module whose bypassing would be wrong, or noticed, and why; None if all is well."""
+        for norm in self.norms:
+            computes = NORMS.get(type(norm))
+            if computes is None or not computes(norm):
+                return norm, f"is {type(norm).__name__}, a norm that no kernel computes"
+        for module in (*self.norms, *self.bypassed):
+            if not is_plain(module):
+                has_hooks = "forward" not in module.__dict__
+                return module, "has hooks" if has_hooks else "has a forward of its own"
+        return None
+
+
+def plan_chain(modules: Iterable[nn.Module | None]) -> Plan:
+    """The plan of modules that are called one after the other; None is passed over."""
+    norms: list[nn.Module] = []
+    bypassed: list[nn.Module] = []
+    steps = _pair(_present(modules, bypassed), norms, bypassed)
+    return Plan(steps, [], None, None, None, False, norms, bypassed)
+
+
+def plan_skip(
+    branch: Iterable[nn.Module | None],
+    shortcut: Iterable[nn.Module | None],
+    act: nn.Module | None,
+) -> Plan:
+    """The plan of `act(branch(x) + shortcut(x))`; an empty shortcut is the identity."""
+    relu = type(act) is nn.ReLU
+    norms: list[nn.Module] = []
+    bypassed: list[nn.Module] = [act] if relu else []  # type: ignore[list-item]
+    branch, norm = _split_norm(_open_last(branch, bypassed))
+    shortcut, shortcut_norm = _open_last(shortcut, bypassed), None
+    if relu or norm is None:  # two norms go with a ReLU only
+        shortcut, shortcut_norm = _split_norm(shortcut)
+    steps = _pair(branch, norms, bypassed), _pair(shortcut, norms, bypassed)
+    norms += [n for n in (norm, shortcut_norm) if n is not None]
+    return Plan(*steps, norm, shortcut_norm, act, relu, norms, bypassed)
+
+
+def may_run(plan: Plan) -> bool:
+    """Whether nothing forbids bypassing what the plan bypasses."""
+    return plan.obstacle() is None and not _has_any_global_hook()
+
+
+def kernels(plan: Plan) -> tuple[str, ...]:
+    """The kernels of a plan, in the order of its steps, the tail's last."""
+    pairs = ["K1" for _, relu in (*plan.branch, *plan.shortcut) if relu is not None]
+    n_norms = (plan.norm is not None) + (plan.shortcut_norm is not None)
+    tail = ("K4", "K2", "K6")[n_norms] if plan.relu else (None, "K3")[n_norms]
+    return (*pairs, tail) if tail else tuple(pairs)
+
+
+def norms_of(plan: Plan) -> list[nn.Module]:
+    """The norms that the kernels of a plan compute."""
+    pairs = [norm for norm, relu in (*plan.branch, *plan.shortcut) if relu is not None]
+    return [*pairs, *(norm for norm in (plan.norm, plan.shortcut_norm) if norm is not None)]
+
+
+def run_chain(plan: Plan, x: Tensor) -> Tensor:
+    """Run the plan of a chain."""
+    return run_steps(plan.branch, x)
+
+
+def run_skip(
+    plan: Plan,
+    x: Tensor,
+    skip: Tensor | None = None,
+    add: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
+) -> Tensor:
+    """Run the plan of a skip connection.
+
+    Args:
+        plan: from `plan_skip`, without obstacle.
+        x: the input of the branch.
+        skip: the input of the shortcut, if that is not `x`.
+        add: the eager sum of branch and shortcut, for what kernels do not add: another dtype (under
+            autocast, when `x` is not in its dtype) and another shape.
+    """
+    out = run_steps(plan.branch, x)
+    residual = run_steps(plan.shortcut, x if skip is None else skip)
+    norm: Any = plan.norm
+    shortcut_norm: Any = plan.shortcut_norm
+    if out.dtype != residual.dtype or out.shape != residual.shape:
+        out = out if norm is None else norm(out)
+        out = add(out, residual if shortcut_norm is None else shortcut_norm(residual))
+        out = out.relu() if plan.relu else out
+    elif norm is not None and shortcut_norm is not None:
+        out = apply_dual_norm(norm, out, shortcut_norm, residual)
+    elif norm is not None:
+        out = apply_norm(norm, out, residual, plan.relu)
+    elif shortcut_norm is not None:
+        out = apply_norm(shortcut_norm, residual, out, plan.relu)
+    elif plan.relu:
+        out = functional.add_relu(out, residual)
+    else:
+        out = out + residual
+    return out if plan.relu or plan.act is None else plan.act(out)
+
+
+def skip_connection(
+    x: Tensor,
+    branch: Iterable[nn.Module | None],
+    shortcut: Iterable[nn.Module | None],
+    act: nn.Module | None,
+) -> Tensor:
+    """`act(branch(x) + shortcut(x))`: fused, or if a module forbids it, called one by one.
+
+    Raises:
+        ValueError: branch and shortcut differ in shape.
+    """
+    branch, shortcut = list(branch), list(shortcut)
+    plan = plan_skip(branch, shortcut, act)
+    if may_run(plan):
+        return run_skip(plan, x, add=_add_same_shape)
+    out = _add_same_shape(_call(branch, x), _call(shortcut, x))
+    return out if act is None else act(out)
+
+
+def chain(x: Tensor, modules: Iterable[nn.Module | None]) -> Tensor:
+    """The modules called one after the other, fused as far as they allow it."""
+    modules = list(modules)
+    plan = plan_chain(modules)
+    if may_run(plan):
+        return run_chain(plan, x)
+    return _call(modules, x)
+
+
+def is_exactly(kind: type[nn.Module] | tuple[type[nn.Module], ...], *modules: nn.Module) -> bool:
+    """Whether calling these modules is the forward of `kind` and nothing else: it can be bypassed.
+
+    False for a subclass (a parametrized module is one), a hook or a forward of its own.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return not _has_any_global_hook() and all(type(m) in kinds and is_plain(m) for m in modules)
+
+
+def check_same_shape(x: Tensor, residual: Tensor) -> None:
+    """Raise `ValueError`, which names both shapes, if they differ: a sum never broadcasts."""
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}"
+        )
+
+
+def children(module: nn.Module, names: tuple[str, ...] | None) -> list[nn.Module | None]:
+    """The children of these names, or all of them."""
+    if names is None:
+        return list(module._modules.values())
+    return [module._modules.get(name) for name in names]
+
+
+def resembles_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm of whatever kind, going by its name."""
+    return type(module) not in CHAINS and "Norm" in type(module).__name__
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nobody notices that `module.forward` is bypassed: no hooks, no patched forward."""
+    attributes = module.__dict__
+    return "forward" not in attributes and not any(attributes[hooks] for hooks in _HOOKS)
+
+
+def run_steps(steps: list[Step], x: Tensor) -> Tensor:
+    """Run steps one after the other."""
+    for module, relu in steps:
+        x = module(x) if relu is None else apply_norm(module, x, None, relu=True)  # type: ignore[arg-type]
+    return x
+
+
+def _add_same_shape(x: Tensor, residual: Tensor) -> Tensor:
+    check_same_shape(x, residual)
+    return x + residual
+
+
+def _call(modules: Iterable[nn.Module | None], x: Tensor) -> Tensor:
+    for module in modules:
+        x = x if module is None else module(x)
+    return x
+
+
+def _present(modules: Iterable[nn.Module | None], bypassed: list[nn.Module]) -> list[nn.Module]:
+    present = []
+    for module in modules:
+        if type(module) is nn.Identity:
+            bypassed.append(module)
+        elif module is not None:
+            present.append(module)
+    return present
+
+
+def _open_last(modules: Iterable[nn.Module | None], bypassed: list[nn.Module]) -> list[nn.Module]:
+    """The modules, the last one, as long as it is a chain, replaced by what it calls."""
+    flat = _present(modules, bypassed)
+    while flat and type(flat[-1]) in CHAINS:
+        last = flat.pop()
+        bypassed.append(last)
+        flat += _present(children(last, CHAINS[type(last)]), bypassed)
+    return flat
+
+
+def _split_norm(modules: list[nn.Module]) -> tuple[list[nn.Module], nn.Module | None]:
+    if modules and resembles_norm(modules[-1]):
+        return modules[:-1], modules[-1]
+    return modules, None
+
+
+def _pair(
+    modules: list[nn.Module], norms: list[nn.Module], bypassed: list[nn.Module]
+) -> list[Step]:
+    steps: list[Step] = []
+    for module in modules:
+        if type(module) is nn.ReLU and steps:
+            last, relu = steps[-1]
+            if relu is None and resembles_norm(last):
+                steps[-1] = last, module
+                norms.append(last)
+                bypassed.append(module)
+                continue
+        steps.append((module, None))
+    return steps

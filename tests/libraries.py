@@ -1,0 +1,23 @@
+"""The libraries of models, importable beside a torch that torchvision was not built for."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+# Its models need none of those operators, but importing it registers fakes for two of them.
+try:
+    torch.ops.load_library(
+        *Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*.so")
+    )
+except OSError:
+    _operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in ("nms", "qnms"):
+        _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+import timm
+import torchvision
+import torchvision.models
+import transformers
+
+__all__ = ["timm", "torchvision", "transformers"]
