@@ -11,7 +11,9 @@ from torch import Tensor
 import fusedskip
 from fusedskip import reference
 
-FUNCTIONS = ("batch_norm_add_relu", "batch_norm_relu", "add_relu")
+FUNCTIONS = (
+    "batch_norm_add_relu", "batch_norm_relu", "dual_batch_norm_add_relu", "add_relu", "relu_add",
+)  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Those for this device. Triton's interpreter, which takes CPU tensors, is not for measuring.
 _TAKING = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[DEVICE]
@@ -29,6 +31,10 @@ class Inputs(NamedTuple):
     running_var: Tensor
     weight: Tensor
     bias: Tensor
+    residual_running_mean: Tensor
+    residual_running_var: Tensor
+    residual_weight: Tensor
+    residual_bias: Tensor
     dout: Tensor
     copied: Tensor  # as large as x, for a copy of it
 
@@ -40,11 +46,10 @@ class Inputs(NamedTuple):
             )
             for _ in range(4)
         )
-        buffers = (torch.ones(shape[1], device=DEVICE) for _ in range(2))
-        parameters = (torch.ones(shape[1], device=DEVICE, requires_grad=True) for _ in range(2))
-        return Inputs(
-            x.requires_grad_(), residual.requires_grad_(), *buffers, *parameters, dout, copied
-        )
+        channels = [torch.ones(shape[1], device=DEVICE) for _ in range(8)]
+        for parameter in (*channels[2:4], *channels[6:8]):
+            parameter.requires_grad_()
+        return Inputs(x.requires_grad_(), residual.requires_grad_(), *channels, dout, copied)
 
     @staticmethod
     def rotation(shape: tuple[int, ...], layout: str, dtype: str) -> "list[Inputs]":
@@ -56,24 +61,37 @@ class Inputs(NamedTuple):
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        return self.x, self.residual, self.weight, self.bias
+        norms = self.weight, self.bias, self.residual_weight, self.residual_bias
+        return self.x, self.residual, *norms
 
 
 def eager(function: str, inputs: Inputs) -> Tensor:
-    x, residual, *rest = inputs[:6]
-    if function == "add_relu":
-        return reference.add_relu(x, residual)
+    x, residual, *norm = inputs[:6]
+    if function in ("add_relu", "relu_add"):
+        return getattr(reference, function)(x, residual)
+    options = {"training": True, "momentum": 0.1, "eps": 1e-5}
+    if function == "dual_batch_norm_add_relu":
+        mean, var, weight, bias = inputs[6:10]
+        return reference.dual_batch_norm_add_relu(
+            x, residual, *norm[:2], mean, var, *norm[2:], weight, bias,
+            **options, residual_momentum=0.1, residual_eps=1e-5,
+        )  # fmt: skip
     added = residual if function == "batch_norm_add_relu" else None
-    return reference.batch_norm(x, added, *rest, training=True, momentum=0.1, eps=1e-5, relu=True)
+    return reference.batch_norm(x, added, *norm, **options, relu=True)
 
 
 def fused(function: str, inputs: Inputs) -> Tensor:
-    x, residual, *rest = inputs[:6]
-    if function == "add_relu":
-        return fusedskip.add_relu(x, residual)
+    x, residual, *norm = inputs[:6]
+    if function in ("add_relu", "relu_add"):
+        return getattr(fusedskip, function)(x, residual)
     if function == "batch_norm_relu":
-        return fusedskip.batch_norm_relu(x, *rest, training=True)
-    return fusedskip.batch_norm_add_relu(x, residual, *rest, training=True)
+        return fusedskip.batch_norm_relu(x, *norm, training=True)
+    if function == "dual_batch_norm_add_relu":
+        mean, var, weight, bias = inputs[6:10]
+        return fusedskip.dual_batch_norm_add_relu(
+            x, residual, *norm[:2], mean, var, *norm[2:], weight, bias, training=True
+        )
+    return fusedskip.batch_norm_add_relu(x, residual, *norm, training=True)
 
 
 def forward(runner: str, function: str) -> Callable[[Inputs], Tensor]:

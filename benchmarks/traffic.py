@@ -38,6 +38,19 @@ FORWARD = {
         "fused": Traffic(3),  # read x; read x, write out
         "floor": Traffic(2),  # read x, write out
     },
+    # Two tensors, each with a norm of its own, and their sum.
+    "dual_batch_norm_add_relu": {
+        "eager": Traffic(11),  # read twice, write, of x and residual; read both, write; read, write
+        "compile": Traffic(5),  # read x, residual; read x, residual, write out
+        "fused": Traffic(5, 1),  # read x, residual; read x, residual, write out, mask
+        "floor": Traffic(3, 1),  # read x, residual, write out, mask
+    },
+    "relu_add": {
+        "eager": Traffic(5),  # read x, write; read that, residual, write out
+        "compile": Traffic(3),  # read x, residual, write out
+        "fused": Traffic(3, 1),  # read x, residual, write out, mask
+        "floor": Traffic(3, 1),
+    },
     "add_relu": {
         "eager": Traffic(5),  # read x, residual, write out; read out, write out
         "compile": Traffic(3),  # read x, residual, write out
@@ -57,6 +70,18 @@ BACKWARD = {
         "compile": Traffic(7),  # read dout, out, x; read dout, out, x, write dx
         "fused": Traffic(5),  # read dout, x; read dout, x, write dx
         "floor": Traffic(3),  # read dout, x, write dx
+    },
+    "dual_batch_norm_add_relu": {
+        "eager": Traffic(13),  # read dout, out, write g; of each: read g, x; read g, x, write dx
+        "compile": Traffic(10),  # read dout, out, x, residual; the same, write dx, dresidual
+        "fused": Traffic(8, 2),  # read dout, mask, x, residual; the same, write dx, dresidual
+        "floor": Traffic(5, 1),  # read dout, mask, x, residual, write dx, dresidual
+    },
+    "relu_add": {
+        "eager": Traffic(3),  # read dout, what ReLU gave, write dx; dresidual is dout
+        "compile": Traffic(3),
+        "fused": Traffic(2, 1),  # read dout, mask, write dx
+        "floor": Traffic(2, 1),
     },
     "add_relu": {
         "eager": Traffic(3),  # read dout, out, write dx, which is dresidual too

@@ -1,7 +1,16 @@
 """fusedskip: the tail of every skip connection as one fused operation, forward and backward."""
 
 from fusedskip.backends import available_backends, use_backend
-from fusedskip.functional import add_relu, batch_norm_add, batch_norm_add_relu, batch_norm_relu
+from fusedskip.functional import (
+    add_relu,
+    batch_norm_add,
+    batch_norm_add_relu,
+    batch_norm_relu,
+    bias_add_relu,
+    cat_batch_norm_relu,
+    dual_batch_norm_add_relu,
+    relu_add,
+)
 from fusedskip.modules import (
     AddReLU,
     BatchNormAddReLU1d,
@@ -11,6 +20,7 @@ from fusedskip.modules import (
     BatchNormReLU2d,
     BatchNormReLU3d,
 )
+from fusedskip.surgery import explain, fuse, unfuse
 
 __version__ = "0.1.0"
 
@@ -27,5 +37,12 @@ __all__ = [
     "batch_norm_add",
     "batch_norm_add_relu",
     "batch_norm_relu",
+    "bias_add_relu",
+    "cat_batch_norm_relu",
+    "dual_batch_norm_add_relu",
+    "explain",
+    "fuse",
+    "relu_add",
+    "unfuse",
     "use_backend",
 ]

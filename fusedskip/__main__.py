@@ -10,6 +10,7 @@ import torch
 
 import fusedskip
 from fusedskip import backends, demo, ops, selfcheck
+from fusedskip.surgery import command as explain
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.set_defaults(run=info)
     commands = parser.add_subparsers(title="commands (none: versions, devices and a self-check)")
     demo.add_command(commands)
+    explain.add_command(commands)
     options = parser.parse_args(arguments)
     return int(options.run(options))
 

@@ -1,0 +1,172 @@
+"""The classes that `fuse` gives to modules: subclasses of what they replace, children untouched.
+
+A subclass says which children its forward calls, in what order; `fusedskip.tails` makes of that,
+in every call, what is fused. Where something forbids it the replaced class's own forward runs.
+"""
+
+import ast
+import hashlib
+import inspect
+import textwrap
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from fusedskip import tails
+from fusedskip.tails import Plan
+
+# The fused class of each class that one replaces.
+FUSED: dict[type[nn.Module], "type[Fused]"] = {}
+
+
+class Fused(nn.Module):
+    """Base of the fused classes: `class FusedX(Fused, X, forward="...")` replaces exactly `X`.
+
+    The class arguments are the methods of `X` that `FusedX` overrides, with the `fingerprint` of
+    those that it is known to equal; several releases of a library are parted by spaces.
+
+    Attributes:
+        replaces: `X`.
+        changed: why this `X` is not one that is known, or None.
+    """
+
+    replaces: ClassVar[type[nn.Module]]
+    changed: ClassVar[str | None]
+
+    if TYPE_CHECKING:  # the children of X
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init_subclass__(cls, **fingerprints: str) -> None:
+        super().__init_subclass__()
+        if fingerprints:
+            cls.replaces = cls.__bases__[-1]
+            cls.changed = _changed(cls.replaces, fingerprints)
+            FUSED[cls.replaces] = cls
+
+    @classmethod
+    def applies(cls, module: nn.Module) -> bool:
+        """Whether `module`, a `replaces` or already fused, has a tail at all."""
+        return True
+
+    @classmethod
+    def plan_of(cls, module: nn.Module) -> Plan:
+        """What to run of `module`, a `replaces` or already fused."""
+        raise NotImplementedError
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Why `module` cannot run fused now, or None if it can."""
+        if cls.changed is not None:
+            return cls.changed
+        if "forward" in module.__dict__:
+            return "it has a forward of its own"
+        if _has_any_global_hook():
+            return "torch has a global module hook"
+        plan = cls.plan_of(module)
+        if (obstacle := plan.obstacle()) is not None:
+            culprit, reason = obstacle
+            names = {child: name for name, child in module.named_modules()}
+            return f"{names[culprit] or 'it'} {reason}"
+        if not tails.kernels(plan):
+            return f"no kernel computes {_activations(module)}"
+        return None
+
+    def _may_run(self, plan: Plan) -> bool:
+        return self.changed is None and tails.may_run(plan)
+
+
+class FusedChain(Fused):
+    """A module that calls its children one after the other: `names`, or all of them."""
+
+    names: ClassVar[tuple[str, ...] | None] = None
+
+    def __init_subclass__(cls, **fingerprints: str) -> None:
+        super().__init_subclass__(**fingerprints)
+        if fingerprints and cls.changed is None:
+            tails.CHAINS[cls] = tails.CHAINS[cls.replaces] = cls.names
+
+    @classmethod
+    def applies(cls, module: nn.Module) -> bool:
+        present = [m for m in tails.children(module, cls.names) if m is not None]
+        return any(tails.resembles_norm(a) and _is_activation(b) for a, b in pairwise(present))
+
+    @classmethod
+    def plan_of(cls, module: nn.Module) -> Plan:
+        return tails.plan_chain(tails.children(module, cls.names))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.plan_of(self)
+        return tails.run_chain(plan, x) if self._may_run(plan) else super().forward(x)
+
+
+class FusedSkip(Fused):
+    """A block: `act(branch(x) + shortcut(x))`.
+
+    Attributes:
+        branch, shortcut: children, called in this order; None and Identity are passed over.
+        act: the child that is called on the sum, if there is one.
+        inplace: whether eager adds in place, so that the sum has dtype and shape of the branch.
+    """
+
+    branch: ClassVar[tuple[str, ...]]
+    shortcut: ClassVar[tuple[str, ...]] = ()
+    act: ClassVar[str | None] = None
+    inplace: ClassVar[bool] = True
+
+    @classmethod
+    def plan_of(cls, module: nn.Module) -> Plan:
+        branch = tails.children(module, cls.branch)
+        act = None if cls.act is None else module._modules[cls.act]
+        plan = tails.plan_skip(branch, tails.children(module, cls.shortcut), act)
+        # What the library calls a norm must be one: it may have been folded into a convolution.
+        for name, child in zip(cls.branch, branch, strict=True):
+            if child is None or not name.startswith(("bn", "norm")):
+                continue
+            if not tails.resembles_norm(child):
+                plan.norms.append(child)
+        return plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.plan_of(self)
+        if self._may_run(plan):
+            return tails.run_skip(plan, x, add=Tensor.add_ if self.inplace else Tensor.add)
+        return super().forward(x)
+
+
+def fingerprint(function: Any) -> str | None:
+    """A hash of what `function` does: its source without comments, docstring and annotations.
+
+    None where Python has no source of it.
+    """
+    try:
+        source = inspect.getsource(function)
+    except (OSError, TypeError):
+        return None
+    (definition,) = ast.parse(textwrap.dedent(source)).body
+    assert isinstance(definition, ast.FunctionDef)
+    if ast.get_docstring(definition) is not None:
+        definition.body = definition.body[1:]
+    definition.returns = None
+    for node in ast.walk(definition):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return hashlib.sha256(ast.unparse(definition).encode()).hexdigest()[:12]
+
+
+def _changed(replaced: type[nn.Module], fingerprints: dict[str, str]) -> str | None:
+    for method, known in fingerprints.items():
+        if fingerprint(getattr(replaced, method)) not in known.split():
+            return f"{replaced.__name__}.{method} is not the one that fusedskip knows"
+    return None
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation"
+
+
+def _activations(module: nn.Module) -> str:
+    found = sorted({type(m).__name__ for m in module.modules() if _is_activation(m)})
+    return " and ".join(found) or "what it adds"

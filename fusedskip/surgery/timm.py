@@ -1,0 +1,231 @@
+"""What `fuse` makes of timm's blocks (1.0)."""
+
+from typing import Any
+
+import torch
+from timm.layers.conv_bn_act import ConvNormAct
+from timm.layers.norm_act import BatchNormAct2d
+from timm.models import dla, regnet, res2net, resnet, resnetv2
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor, nn
+
+from fusedskip import tails
+from fusedskip.modules import apply_norm
+from fusedskip.surgery.fused import Fused, FusedChain, FusedSkip
+from fusedskip.tails import Plan
+
+
+def _is_norm_alone(norm: BatchNormAct2d) -> bool:
+    return all(type(m) is nn.Identity and tails.is_plain(m) for m in (norm.act, norm.drop))
+
+
+class FusedBatchNormAct2d(Fused, BatchNormAct2d, forward="aab01662c2e6"):
+    """A norm with an activation of its own."""
+
+    @classmethod
+    def applies(cls, module: Any) -> bool:
+        return type(module.act) is not nn.Identity
+
+    @classmethod
+    def plan_of(cls, module: Any) -> Plan:
+        if type(module.act) is not nn.ReLU or type(module.drop) is not nn.Identity:
+            return tails.plan_chain(())
+        children = [module.act, module.drop]
+        return tails.plan_chain(())._replace(branch=[(module, module.act)], bypassed=children)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.plan_of(self)
+        if plan.branch and self._may_run(plan):
+            return apply_norm(self, x, None, relu=True)
+        return super().forward(x)
+
+
+if FusedBatchNormAct2d.changed is None:
+    tails.NORMS[BatchNormAct2d] = _is_norm_alone
+
+
+class FusedConvNormAct(FusedChain, ConvNormAct, forward="db6ac5abd927"):
+    """Convolution and norm; the norm brings its own activation."""
+
+    names = ("conv", "bn", "aa")
+
+
+class FusedDownsampleConv(FusedChain, resnetv2.DownsampleConv, forward="95f6b4f2a5e1"):
+    """A projection of ResNet V2."""
+
+    names = ("conv", "norm")
+
+
+class FusedDownsampleAvg(FusedChain, resnetv2.DownsampleAvg, forward="2e8645cf7ffc"):
+    """A projection of ResNet V2, variant D."""
+
+    names = ("pool", "conv", "norm")
+
+
+class FusedBasicBlock(FusedSkip, resnet.BasicBlock, forward="459b888dd004"):
+    """The block of ResNet-18 and -34."""
+
+    branch = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path")
+    shortcut = ("downsample",)
+    act = "act2"
+
+
+class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="58c1c81d9c8b"):
+    """The block of ResNet-50 and up, with squeeze-and-excitation or without."""
+
+    branch = (
+        "conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa",
+        "conv3", "bn3", "se", "drop_path",
+    )  # fmt: skip
+    shortcut = ("downsample",)
+    act = "act3"
+
+
+class FusedResNet(Fused, resnet.ResNet, forward_features="b3983db7730c"):
+    """The stem of a ResNet."""
+
+    @classmethod
+    def plan_of(cls, module: Any) -> Plan:
+        return tails.plan_chain((module.conv1, module.bn1, module.act1, module.maxpool))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        plan = self.plan_of(self)
+        if not self._may_run(plan):
+            return super().forward_features(x)
+        x = tails.run_chain(plan, x)
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.grad_checkpointing:
+            return checkpoint_seq(stages, x, flatten=True)
+        for stage in stages:
+            x = stage(x)
+        return x
+
+
+class FusedRegNetBottleneck(FusedSkip, regnet.Bottleneck, forward="0017c95c5740"):
+    """The block of RegNet X and Y, where it has a skip connection."""
+
+    branch = ("conv1", "conv2", "se", "conv3", "drop_path")
+    shortcut = ("downsample",)
+    act = "act3"
+    inplace = False
+
+    @classmethod
+    def applies(cls, module: Any) -> bool:
+        return module.downsample is not None
+
+
+class FusedResNetV2Bottleneck(FusedSkip, resnetv2.Bottleneck, forward="edff604fc22b"):
+    """The post-activation block of ResNet V2; its first two norms bring their activations."""
+
+    branch = ("conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "drop_path")
+    shortcut = ("downsample",)
+    act = "act3"
+    inplace = False
+
+
+class FusedPreActBottleneck(Fused, resnetv2.PreActBottleneck, forward="a7bd6ec7bcb8"):
+    """A block without a tail: it ends in a convolution, and its norms bring their activations.
+
+    Each `BatchNormAct2d` in it is fused by itself. It is a candidate only to say of the others that
+    they are not.
+    """
+
+    @classmethod
+    def applies(cls, module: Any) -> bool:
+        return not isinstance(module.norm1, BatchNormAct2d)
+
+    @classmethod
+    def plan_of(cls, module: Any) -> Plan:
+        return tails.plan_chain(())._replace(norms=[module.norm1])
+
+
+class _FusedScales(FusedSkip):
+    """A block whose middle convolutions each see what the one before them gave (Res2Net)."""
+
+    branch = ("drop_block", "conv3", "bn3", "se", "drop_path")
+    act = "relu"
+
+    @classmethod
+    def plan_of(cls, module: Any) -> Plan:
+        tail = super().plan_of(module)
+        pairs = [(module.conv1, module.bn1), *zip(module.convs, module.bns, strict=True)]
+        plans = [*(tails.plan_chain((*pair, module.relu)) for pair in pairs), tail]
+        return tail._replace(
+            branch=[step for plan in plans for step in plan.branch],
+            norms=[*(bn for _, bn in pairs), *tail.norms],
+            bypassed=[child for plan in plans for child in plan.bypassed],
+        )
+
+    def _run_scales(self, plan: Plan, x: Tensor, skip: Tensor) -> Tensor:
+        width = 2 if plan.relu else 3  # steps a convolution with its norm and activation
+        steps = [plan.branch[i : i + width] for i in range(0, len(plan.branch), width)]
+        parts = torch.split(tails.run_steps(steps[0], x), self.width, 1)
+        outs: list[Tensor] = []
+        for i in range(len(self.convs)):
+            part = parts[i] if i == 0 or self.is_first else outs[-1] + parts[i]
+            outs.append(tails.run_steps(steps[i + 1], part))
+        if self.scale > 1:
+            outs.append(parts[-1] if self.pool is None else self.pool(parts[-1]))
+        rest = plan.branch[width * (1 + len(self.convs)) :]
+        return tails.run_skip(plan._replace(branch=rest), torch.cat(outs, 1), skip)
+
+
+class FusedBottle2neck(_FusedScales, res2net.Bottle2neck, forward="168a6143acc4"):
+    """The block of Res2Net."""
+
+    shortcut = ("downsample",)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self.plan_of(self)
+        return self._run_scales(plan, x, x) if self._may_run(plan) else super().forward(x)
+
+
+class _FusedDla(FusedSkip):
+    """A block whose tree may give it the shortcut."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
+        plan = self.plan_of(self)
+        if self._may_run(plan):
+            return tails.run_skip(plan, x, shortcut)
+        return super().forward(x, shortcut, children)  # type: ignore[call-arg]
+
+
+class FusedDlaBasic(_FusedDla, dla.DlaBasic, forward="5c96cf31c5ff"):
+    """The block of DLA-34."""
+
+    branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+    act = "relu"
+
+
+class FusedDlaBottleneck(_FusedDla, dla.DlaBottleneck, forward="b59a497d765d"):
+    """The block of DLA-60 and DLA-X."""
+
+    branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
+    act = "relu"
+
+
+class FusedDlaBottle2neck(_FusedScales, dla.DlaBottle2neck, forward="b9e18ad8018c"):
+    """The block of DLA with Res2Net's convolutions."""
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
+        plan = self.plan_of(self)
+        if self._may_run(plan):
+            return self._run_scales(plan, x, x if shortcut is None else shortcut)
+        return super().forward(x, shortcut, children)  # type: ignore[call-arg]
+
+
+class FusedDlaRoot(Fused, dla.DlaRoot, forward="213e409ad18a"):
+    """Where the branches of a DLA tree are joined."""
+
+    @classmethod
+    def plan_of(cls, module: Any) -> Plan:
+        if module.shortcut:
+            return tails.plan_skip((module.conv, module.bn), (), module.relu)
+        return tails.plan_chain((module.conv, module.bn, module.relu))
+
+    def forward(self, x_children: list[Tensor]) -> Tensor:
+        plan = self.plan_of(self)
+        if not self._may_run(plan):
+            return super().forward(x_children)
+        x = torch.cat(x_children, 1)
+        return tails.run_skip(plan, x, x_children[0]) if self.shortcut else tails.run_chain(plan, x)

@@ -1,0 +1,161 @@
+"""What `fuse` makes of torchvision's blocks (0.28)."""
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models import mnasnet, mobilenetv2, regnet, resnet
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.segmentation import deeplabv3, fcn
+from torchvision.models.video import resnet as video_resnet
+from torchvision.ops import misc
+
+from fusedskip import tails
+from fusedskip.surgery.fused import Fused, FusedChain, FusedSkip
+from fusedskip.surgery.torch import SEQUENTIAL
+from fusedskip.tails import Plan
+
+
+class FusedBasicBlock(FusedSkip, resnet.BasicBlock, forward="e469bbb0e395"):
+    """The block of ResNet-18 and -34."""
+
+    branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+    shortcut = ("downsample",)
+    act = "relu"
+
+
+class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="ff89db889084"):
+    """The block of ResNet-50 and up, ResNeXt and Wide ResNet."""
+
+    branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
+    shortcut = ("downsample",)
+    act = "relu"
+
+
+class FusedResNet(Fused, resnet.ResNet, _forward_impl="9c951761811f"):
+    """The stem of a ResNet."""
+
+    @classmethod
+    def plan_of(cls, module: Any) -> Plan:
+        return tails.plan_chain((module.conv1, module.bn1, module.relu, module.maxpool))
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        plan = self.plan_of(self)
+        if not self._may_run(plan):
+            return super()._forward_impl(x)
+        x = tails.run_chain(plan, x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+class FusedVideoBasicBlock(FusedSkip, video_resnet.BasicBlock, forward="2c3b56bf0611"):
+    """The block of r3d_18, mc3_18 and r2plus1d_18."""
+
+    branch = ("conv1", "conv2")
+    shortcut = ("downsample",)
+    act = "relu"
+
+
+class FusedVideoBottleneck(FusedSkip, video_resnet.Bottleneck, forward="46f43f90ce24"):
+    """The bottleneck of video ResNets."""
+
+    branch = ("conv1", "conv2", "conv3")
+    shortcut = ("downsample",)
+    act = "relu"
+
+
+class FusedResBottleneckBlock(FusedSkip, regnet.ResBottleneckBlock, forward="253da56cde00"):
+    """The block of RegNet X and Y."""
+
+    branch = ("f",)
+    shortcut = ("proj",)
+    act = "activation"
+    inplace = False
+
+
+class FusedInvertedResidual(FusedSkip, mobilenetv2.InvertedResidual, forward="aff6a950f1d0"):
+    """The block of MobileNet V2, where it has a skip connection."""
+
+    branch = ("conv",)
+    inplace = False
+
+    @classmethod
+    def applies(cls, module: Any) -> bool:
+        return bool(module.use_res_connect)
+
+
+class FusedMNASInvertedResidual(FusedSkip, mnasnet._InvertedResidual, forward="7fe0d27cbd21"):
+    """The block of MNASNet, where it has a skip connection."""
+
+    branch = ("layers",)
+    inplace = False
+
+    @classmethod
+    def applies(cls, module: Any) -> bool:
+        return bool(module.apply_residual)
+
+
+class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b0287c1eb639"):
+    """A backbone that hands out results of its layers: the stem, which it calls child by child."""
+
+    @classmethod
+    def applies(cls, module: Any) -> bool:
+        return bool(tails.kernels(cls.plan_of(module)))
+
+    @classmethod
+    def plan_of(cls, module: Any) -> Plan:
+        return tails.plan_chain(module.values())
+
+    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
+        plan = self.plan_of(self)
+        results = [module if relu is None else relu for module, relu in plan.branch]
+        wanted = {self[name]: name for name in self.return_layers}
+        if not self._may_run(plan) or not all(module in results for module in wanted):
+            return super().forward(x)
+        out = OrderedDict()
+        for step, result in zip(plan.branch, results, strict=True):
+            x = tails.run_steps([step], x)
+            if result in wanted:
+                out[self.return_layers[wanted[result]]] = x
+        return out
+
+
+class FusedConv2dNormActivation(FusedChain, misc.Conv2dNormActivation, forward=SEQUENTIAL):
+    """Convolution, norm and ReLU."""
+
+
+class FusedConv3dNormActivation(FusedChain, misc.Conv3dNormActivation, forward=SEQUENTIAL):
+    """Convolution, norm and ReLU."""
+
+
+class FusedSimpleStemIN(FusedChain, regnet.SimpleStemIN, forward=SEQUENTIAL):
+    """The stem of RegNet."""
+
+
+class FusedBottleneckTransform(FusedChain, regnet.BottleneckTransform, forward=SEQUENTIAL):
+    """The branch of RegNet's block, to which `FusedResBottleneckBlock` looks through."""
+
+
+class FusedBasicStem(FusedChain, video_resnet.BasicStem, forward=SEQUENTIAL):
+    """The stem of video ResNets."""
+
+
+class FusedR2Plus1dStem(FusedChain, video_resnet.R2Plus1dStem, forward=SEQUENTIAL):
+    """The stem of r2plus1d_18."""
+
+
+class FusedConv2Plus1D(FusedChain, video_resnet.Conv2Plus1D, forward=SEQUENTIAL):
+    """A convolution over space and one over time, with a norm and a ReLU between them."""
+
+
+class FusedFCNHead(FusedChain, fcn.FCNHead, forward=SEQUENTIAL):
+    """The head of FCN."""
+
+
+class FusedASPPConv(FusedChain, deeplabv3.ASPPConv, forward=SEQUENTIAL):
+    """A dilated convolution of DeepLab."""
+
+
+class FusedDeepLabHead(FusedChain, deeplabv3.DeepLabHead, forward=SEQUENTIAL):
+    """The head of DeepLab."""

@@ -1,0 +1,651 @@
+"""fuse, unfuse and explain on the models of torchvision, timm and transformers."""
+
+import copy
+import importlib
+import io
+import subprocess
+import sys
+from contextlib import contextmanager
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedskip
+from fusedskip import surgery
+from fusedskip.__main__ import main
+from fusedskip.surgery.fused import FUSED, Fused, FusedSkip, fingerprint
+
+from .libraries import timm, torchvision, transformers
+
+tv = torchvision.models
+
+# How to build a model, and how many of its norms are computed by fused kernels, of how many.
+MODELS = {
+    "torchvision:resnet18": (partial(tv.resnet18, num_classes=10), 20, 20),
+    "torchvision:resnet50": (partial(tv.resnet50, num_classes=10), 53, 53),
+    "torchvision:resnext50_32x4d": (partial(tv.resnext50_32x4d, num_classes=10), 53, 53),
+    "torchvision:wide_resnet50_2": (partial(tv.wide_resnet50_2, num_classes=10), 53, 53),
+    "torchvision:regnet_y_400mf": (partial(tv.regnet_y_400mf, num_classes=10), 53, 53),
+    "torchvision:mobilenet_v2": (partial(tv.mobilenet_v2, num_classes=10), 10, 52),
+    "torchvision:mnasnet0_5": (partial(tv.mnasnet0_5, num_classes=10), 45, 52),
+    "torchvision:r3d_18": (partial(tv.video.r3d_18, num_classes=10), 20, 20),
+    "torchvision:r2plus1d_18": (partial(tv.video.r2plus1d_18, num_classes=10), 37, 37),
+    "torchvision:fcn_resnet50": (
+        partial(tv.segmentation.fcn_resnet50, weights_backbone=None, num_classes=10), 54, 54,
+    ),
+    "timm:resnet26": (partial(timm.create_model, "resnet26", num_classes=10), 29, 29),
+    "timm:resnet50d": (partial(timm.create_model, "resnet50d", num_classes=10), 55, 55),
+    "timm:seresnet50": (partial(timm.create_model, "seresnet50", num_classes=10), 37, 53),
+    "timm:res2net50_26w_4s": (
+        partial(timm.create_model, "res2net50_26w_4s", num_classes=10), 85, 85,
+    ),
+    "timm:regnety_002": (partial(timm.create_model, "regnety_002", num_classes=10), 44, 44),
+    "timm:resnetv2_50": (partial(timm.create_model, "resnetv2_50", num_classes=10), 49, 49),
+    "timm:resnetv2_50d_gn": (partial(timm.create_model, "resnetv2_50d_gn", num_classes=10), 0, 51),
+    "timm:dla34": (partial(timm.create_model, "dla34", num_classes=10), 33, 37),
+    "transformers:resnet": (
+        lambda: transformers.ResNetForImageClassification(
+            transformers.ResNetConfig(num_labels=10)
+        ), 53, 53,
+    ),
+    "transformers:regnet": (
+        lambda: transformers.RegNetForImageClassification(
+            transformers.RegNetConfig(num_labels=10)
+        ), 71, 71,
+    ),
+    "transformers:rt_detr_resnet": (
+        lambda: transformers.RTDetrResNetBackbone(transformers.RTDetrResNetConfig()), 55, 55,
+    ),
+}  # fmt: skip
+
+
+def build(name):
+    """The model in fp64. Its norms are scaled so that rounding is not amplified from step to step.
+
+    As it is initialised, ResNet-50 turns a difference of 1e-16 into one of 1e-9 in three steps.
+    """
+    torch.manual_seed(0)
+    model = MODELS[name][0]().double()
+    for module in model.modules():
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+            nn.init.uniform_(module.weight, 0.2, 0.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def images(name):
+    if name.endswith("d_18"):
+        return torch.randn(2, 3, 4, 32, 32, dtype=torch.float64)
+    size = 64 if "dla" in name else 48  # DLA takes multiples of 32
+    return torch.randn(4, 3, size, size, dtype=torch.float64)
+
+
+def output(model, x):
+    out = model(x)
+    if isinstance(out, torch.Tensor):
+        return out
+    if "feature_maps" in out:
+        return out["feature_maps"][-1]
+    return out["out"] if "out" in out else out["logits"]
+
+
+def assert_equal(ours, theirs, rtol=1e-10, floor=0.0):
+    """As close as rtol of the largest element; what is rounding noise itself, as `floor` says."""
+    assert ours.dtype == theirs.dtype
+    if theirs.is_floating_point():
+        assert (ours - theirs).abs().max() <= rtol * theirs.abs().max() + floor
+    else:
+        assert torch.equal(ours, theirs)
+
+
+def train_alike(fused, eager, batches, lr=1e-3):
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for model in (fused, eager)]
+    for x in batches:
+        outs = []
+        for model, optimizer in zip((fused, eager), optimizers, strict=True):
+            optimizer.zero_grad()
+            outs.append(output(model, x))
+            outs[-1].square().mean().backward()
+            optimizer.step()
+        assert_equal(*outs)
+        ours, theirs = (dict(model.named_parameters()) for model in (fused, eager))
+        grads = {name: p.grad for name, p in theirs.items() if p.grad is not None}
+        assert grads.keys() == {name for name, p in ours.items() if p.grad is not None}
+        # A bias before a norm has a gradient of 0, of which only rounding is to be seen.
+        floor = 1e-14 * max(grad.abs().max() for grad in grads.values())
+        for name, grad in grads.items():
+            assert_equal(ours[name].grad, grad, floor=floor)
+    for name, value in eager.state_dict().items():
+        assert_equal(fused.state_dict()[name], value, floor=lr * 1e-12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_trains_like_eager(name):
+    """Outputs, every gradient, every buffer and parameter; then evaluation and checkpoints."""
+    eager = build(name)
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    report = fusedskip.explain(fused)
+    assert (report.n_covered, report.n_norms) == MODELS[name][1:]
+    assert any(row.fused for row in report) == (MODELS[name][1] > 0)
+    # MNASNet turns a change of a parameter into a thousand times that of the next step's gradients.
+    lr = 1e-6 if "mnasnet" in name else 1e-3
+    train_alike(fused, eager, [images(name) for _ in range(3)], lr)
+
+    assert list(fused.state_dict()) == list(eager.state_dict())
+    x = images(name)[:2]
+    with torch.no_grad():
+        want = output(fused.eval(), x)
+        assert_equal(want, output(eager.eval(), x))
+        assert torch.equal(output(copy.deepcopy(fused), x), want)
+        saved = io.BytesIO()
+        torch.save(fused, saved)
+        saved.seek(0)
+        loaded = torch.load(saved, weights_only=False)
+        assert [type(m) for m in loaded.modules()] == [type(m) for m in fused.modules()]
+        assert torch.equal(output(loaded, x), want)
+        eager.load_state_dict(fused.state_dict())
+        unfused = fusedskip.unfuse(fused)
+        assert not any(isinstance(m, Fused) for m in unfused.modules())
+        assert [type(m) for m in unfused.modules()] == [type(m) for m in eager.modules()]
+        assert torch.equal(output(unfused, x), output(eager, x))
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the norms, sums and ReLUs that torch itself computes on images."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {"batch_norm": 0, "add": 0, "relu": 0}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.removesuffix("_")
+        name = name if name in self.counts else "batch_norm" if "batch_norm" in name else None
+        if name and function.namespace == "aten" and args[0].dim() == 4 and args[0].shape[2] > 1:
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def count_calls(model, x):
+    with CountCalls() as calls:
+        output(model, x).sum()
+    return calls.counts
+
+
+def test_every_tail_of_resnet50_is_fused():
+    model = build("torchvision:resnet50")
+    x = images("")
+    assert count_calls(model, x) == {"batch_norm": 53, "add": 16, "relu": 49}
+    kernels = [kernel for row in fusedskip.explain(fusedskip.fuse(model)) for kernel in row.kernels]
+    assert {kernel: kernels.count(kernel) for kernel in kernels} == {"K1": 33, "K2": 12, "K6": 4}
+    assert count_calls(model, x) == {"batch_norm": 0, "add": 0, "relu": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("torchvision:mobilenet_v2", {"batch_norm": 42, "add": 0, "relu": 0}),  # ReLU6
+        ("timm:seresnet50", {"batch_norm": 16, "add": 0, "relu": 0}),  # the norms before SE
+        ("timm:regnety_002", {"batch_norm": 0, "add": 0, "relu": 0}),
+        ("transformers:resnet", {"batch_norm": 0, "add": 0, "relu": 0}),
+    ],
+)
+def test_what_is_left_of_other_models(name, left):
+    assert count_calls(fusedskip.fuse(build(name)), images(name)) == left
+
+
+@pytest.fixture
+def resnet():
+    torch.manual_seed(0)
+    return tv.resnet18(num_classes=10).double()
+
+
+def types(model):
+    return [type(module) for module in model.modules()]
+
+
+def test_fuse_twice_and_unfuse(resnet):
+    before = types(resnet)
+    assert fusedskip.fuse(resnet) is resnet
+    once = types(resnet)
+    assert types(fusedskip.fuse(resnet)) == once != before
+    assert fusedskip.unfuse(resnet) is resnet
+    assert types(resnet) == before
+
+
+def test_explain_changes_nothing(resnet):
+    before = types(resnet)
+    report = fusedskip.explain(resnet)
+    assert types(resnet) == before
+    assert not any(row.fused for row in report)
+    assert all(row.reason is None and row.kernels for row in report)
+    assert [row.fused for row in fusedskip.explain(fusedskip.fuse(resnet))] == [True] * len(report)
+
+
+def test_report(resnet):
+    report = fusedskip.explain(fusedskip.fuse(resnet))
+    assert report.to_dicts()[1] == {
+        "name": "layer1.0",
+        "type": "BasicBlock",
+        "kernels": ("K1", "K2"),
+        "fused": True,
+        "reason": None,
+    }
+    assert [row.name for row in report][:2] == ["", "layer1.0"]
+    table = str(report)
+    assert "layer2.0" in table
+    assert "K1 K6" in table
+    assert "20 of 20 normalisation layers in fused kernels" in table
+
+
+def test_filter_fn(resnet):
+    seen = []
+
+    def only_the_first_layer(module, name):
+        seen.append((module, name))
+        return name.startswith("layer1")
+
+    fusedskip.fuse(resnet, filter_fn=only_the_first_layer)
+    fused = [name for name, module in resnet.named_modules() if isinstance(module, Fused)]
+    assert fused == ["layer1.0", "layer1.1"]
+    assert {name: module for module, name in seen}["layer4.1"] is resnet.layer4[1]
+
+
+def test_strict_raises_and_changes_nothing(resnet):
+    resnet.layer1[1].bn2 = nn.GroupNorm(4, 64)
+    resnet.layer3[0].relu = nn.SiLU()
+    before = types(resnet)
+    with pytest.raises(ValueError, match="1 modules cannot be fused") as error:
+        fusedskip.fuse(resnet, strict=True)
+    assert "layer1.1 (BasicBlock): bn2 is GroupNorm, a norm that no kernel" in str(error.value)
+    assert types(resnet) == before
+    # What the filter leaves out need not be fused.
+    fusedskip.fuse(resnet, lambda module, name: name != "layer1.1", strict=True)
+    assert type(resnet.layer1[1]) is tv.resnet.BasicBlock
+
+
+def test_resnetv2_with_group_norm_is_refused():
+    model = MODELS["timm:resnetv2_50d_gn"][0]()
+    with pytest.raises(ValueError, match="norm1 is GroupNormAct"):
+        fusedskip.fuse(model, strict=True)
+
+
+def to_sync(model):
+    """As converting does, but on a CPU and without a process group: here it normalises locally."""
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def freeze(norm):
+    frozen = torchvision.ops.FrozenBatchNorm2d(norm.num_features).double()
+    frozen.load_state_dict({k: v for k, v in norm.state_dict().items() if "tracked" not in k})
+    return frozen
+
+
+def replace_bn1_by_frozen(block):
+    block.bn1 = freeze(block.bn1)
+
+
+def replace_bn2_by_group_norm(block):
+    block.bn2 = nn.GroupNorm(4, block.bn2.num_features).double()
+
+
+def hook_bn2(block):
+    block.bn2.register_forward_hook(lambda module, args, out: out * 2)
+
+
+def pre_hook_bn1(block):
+    block.bn1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def hook_relu(block):
+    block.relu.register_forward_hook(lambda module, args, out: out * 0.5)
+
+
+def hook_downsample(block):
+    block.downsample.register_forward_hook(lambda module, args, out: out * 3)
+
+
+def hook_downsample_norm(block):
+    block.downsample[1].register_forward_hook(lambda module, args, out: out * 3)
+
+
+def backward_hook_bn1(block):
+    block.relu.inplace = False  # torch allows no hook before a ReLU in place
+    block.bn1.register_full_backward_hook(lambda module, dx, dout: (dx[0] * 2,))
+
+
+def patch_bn1(block):
+    norm = block.bn1
+    norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x) * 2
+
+
+def patch_block(block):
+    block.forward = lambda x: block.conv1(x)
+
+
+def parametrize_bn2(block):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    nn.utils.parametrize.register_parametrization(block.bn2, "weight", Doubled())
+
+
+def fold_bn1(block):
+    block.eval()
+    block.conv1 = nn.utils.fuse_conv_bn_eval(block.conv1, block.bn1)
+    block.bn1 = nn.Identity()
+
+
+CHANGES = {
+    replace_bn1_by_frozen: "bn1 is FrozenBatchNorm2d",
+    replace_bn2_by_group_norm: "bn2 is GroupNorm",
+    hook_bn2: "bn2 has hooks",
+    pre_hook_bn1: "bn1 has hooks",
+    hook_relu: "relu has hooks",
+    hook_downsample: "downsample has hooks",
+    hook_downsample_norm: "downsample.1 has hooks",
+    backward_hook_bn1: "bn1 has hooks",
+    patch_bn1: "bn1 has a forward of its own",
+    patch_block: "it has a forward of its own",
+    parametrize_bn2: "bn2 is ParametrizedBatchNorm2d",
+    fold_bn1: "bn1 is Identity",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_changed_runs_the_blocks_own_forward(change, when):
+    """Changed after fusing, it runs the eager forward; changed before, it is not fused at all."""
+    torch.manual_seed(0)
+    downsample = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
+    eager = tv.resnet.BasicBlock(8, 16, downsample=downsample).double()
+    nn.init.uniform_(eager.bn2.bias)
+    block = copy.deepcopy(eager)
+    change(eager)
+    if when == "after":
+        fusedskip.fuse(block)
+    change(block)
+    if when == "before":
+        fusedskip.fuse(block)
+    assert isinstance(block, Fused) == (when == "after")
+    (row,) = fusedskip.explain(block)
+    assert row.reason.startswith(CHANGES[change])
+    assert (row.fused, row.kernels) == (False, ())
+
+    results = []
+    for module in (block, eager):
+        x = torch.arange(8.0 * 8 * 5 * 5).view(8, 8, 5, 5).sin().double().requires_grad_()
+        out = module(x)
+        out.square().sum().backward()
+        grads = [x.grad, *(p.grad for p in module.parameters())]
+        results.append([out, *(g for g in grads if g is not None), *module.buffers()])
+    assert len(results[0]) == len(results[1])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
+def test_sync_batch_norm_after_fusing(resnet, monkeypatch):
+    """It refuses CPU tensors; the fused blocks hand it what eager ones would."""
+    fused = to_sync(fusedskip.fuse(copy.deepcopy(resnet)))
+    eager = to_sync(resnet)
+    assert {row.fused for row in fusedskip.explain(fused)} == {False}
+    assert all("SyncBatchNorm" in row.reason for row in fusedskip.explain(fused))
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", nn.BatchNorm2d.forward)
+    monkeypatch.setattr(nn.SyncBatchNorm, "_check_input_dim", lambda self, x: None)
+    x = torch.randn(2, 3, 64, 64).double()
+    assert torch.equal(fused(x), eager(x))
+
+
+def test_global_hook(resnet):
+    fused = fusedskip.fuse(copy.deepcopy(resnet))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
+    try:
+        assert {row.reason for row in fusedskip.explain(fused)} == {
+            "torch has a global module hook"
+        }
+        x = torch.randn(2, 3, 64, 64).double()
+        ours = fused(x)
+        n_norms = seen.count(nn.BatchNorm2d)
+        assert torch.equal(ours, resnet(x))
+    finally:
+        handle.remove()
+    assert n_norms == 20
+
+
+def test_grad_cam(resnet):
+    """A forward hook that keeps an activation, and its gradient, on the last norm of the trunk."""
+
+    def cam(model):
+        kept = {}
+
+        def keep(module, args, out):
+            kept["activation"] = out.detach().clone()
+            out.register_hook(lambda gradient: kept.update(gradient=gradient.clone()))
+
+        handle = model.layer4[1].bn2.register_forward_hook(keep)
+        model(torch.ones(2, 3, 64, 64).double().sin())[:, 3].sum().backward()
+        handle.remove()
+        return kept["activation"], kept["gradient"]
+
+    fused = fusedskip.fuse(copy.deepcopy(resnet)).eval()
+    for ours, theirs in zip(cam(fused), cam(resnet.eval()), strict=True):
+        assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("library", ["torch", "torchvision", "timm", "transformers"])
+def test_fingerprints_hold_for_the_installed_libraries(library):
+    module = importlib.import_module(f"fusedskip.surgery.{library}")
+    classes = [cls for cls in FUSED.values() if cls.__module__ == module.__name__]
+    assert classes
+    assert [cls.changed for cls in classes] == [None] * len(classes)
+    # Unpickling finds a class by its name.
+    assert all(getattr(module, cls.__name__) is cls for cls in classes)
+
+
+def test_fingerprint_sees_what_is_computed_and_nothing_else():
+    class Plain:
+        def forward(self, x):
+            return self.bn(x) + x
+
+    class Documented:
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """The same."""
+            # But for this.
+            return self.bn(x)+x  # fmt: skip
+
+    class Different:
+        def forward(self, x):
+            return self.bn(x) - x
+
+    assert fingerprint(Plain.forward) == fingerprint(Documented.forward)
+    assert fingerprint(Plain.forward) != fingerprint(Different.forward)
+    assert fingerprint(len) is None
+
+
+@contextmanager
+def known_classes():
+    saved = dict(FUSED)
+    try:
+        yield
+    finally:
+        FUSED.clear()
+        FUSED.update(saved)
+
+
+class Upgraded(tv.resnet.BasicBlock):
+    """As if a new release of the library had changed the block."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+def test_a_changed_forward_is_refused():
+    with known_classes():
+
+        class FusedUpgraded(FusedSkip, Upgraded, forward="e469bbb0e395"):
+            branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+            act = "relu"
+
+        block = Upgraded(4, 4)
+        (row,) = fusedskip.explain(fusedskip.fuse(block))
+        assert row.reason == "Upgraded.forward is not the one that fusedskip knows"
+        assert type(block) is Upgraded
+        # As when a model that was saved fused is loaded beside the new release.
+        block.__class__ = FusedUpgraded
+        x = torch.randn(2, 4, 3, 3)
+        fused, eager = block.eval()(x), fusedskip.unfuse(block)(x)
+        assert torch.equal(fused, eager)
+
+
+def test_a_subclass_is_refused():
+    (row,) = fusedskip.explain(fusedskip.fuse(Upgraded(4, 4)))
+    assert row.type == "Upgraded"
+    assert row.reason == "it is a subclass of BasicBlock and may compute something else"
+
+
+def test_a_quantizable_model_is_refused():
+    quantizable = tv.quantization.resnet18(weights=None, quantize=False)
+    report = fusedskip.explain(fusedskip.fuse(quantizable))
+    reasons = {row.reason for row in report if row.type.startswith("Quantizable")}
+    assert len(reasons) == 2
+    assert not any(row.fused for row in report if "Quantizable" in row.type)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_script_module_is_refused(resnet):
+    report = fusedskip.explain(torch.jit.script(resnet))
+    assert {row.type for row in report} == {"BasicBlock", "ResNet"}
+    assert {row.reason for row in report} == {"it is a ScriptModule: fuse before scripting"}
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LazyBatchNorm2d(), nn.SyncBatchNorm(4)],
+    ids=lambda norm: type(norm).__name__,
+)
+def test_other_norms_in_a_sequential_are_refused(norm):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU())
+    (row,) = fusedskip.explain(fusedskip.fuse(model))
+    assert row.reason == f"1 is {type(norm).__name__}, a norm that no kernel computes"
+    assert type(model) is nn.Sequential
+
+
+def test_a_sequential_without_norm_and_activation_is_no_candidate():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.ReLU())
+    assert len(fusedskip.explain(plain)) == 0
+
+
+def test_plain_sequentials():
+    """Several pairs, an Identity between, another activation, a slice of the fused one."""
+    torch.manual_seed(0)
+    eager = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5), nn.Identity(), nn.ReLU(),
+        nn.Conv2d(5, 5, 1), nn.BatchNorm2d(5), nn.SiLU(),
+    ).double()  # fmt: skip
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    (row,) = fusedskip.explain(fused)
+    assert row.kernels == ("K1", "K1")
+    train_alike(fused, eager, [torch.randn(4, 3, 9, 8).double() for _ in range(2)])
+    x = torch.randn(4, 3, 9, 8).double()
+    assert_equal(fused[:3](x), eager[:3](x))
+
+
+@pytest.mark.parametrize("in_place", [True, False], ids=["resnet", "regnet"])
+def test_input_in_another_dtype_under_autocast(in_place):
+    """The branch comes in bf16, the shortcut in fp32: the sum's dtype is eager's."""
+    torch.manual_seed(0)
+    if in_place:
+        eager = tv.resnet.BasicBlock(8, 8)
+    else:
+        eager = tv.regnet.ResBottleneckBlock(8, 8, 1, nn.BatchNorm2d, nn.ReLU, group_width=4)
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    x = torch.randn(4, 8, 6, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = fused(x), eager(x)
+    assert ours.dtype == theirs.dtype == (torch.bfloat16 if in_place else torch.float32)
+    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)
+
+
+def test_a_shortcut_that_eager_broadcasts():
+    """As DLA's may, given an odd size."""
+    torch.manual_seed(0)
+    downsample = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16))
+    eager = tv.resnet.BasicBlock(8, 16, downsample=downsample).double()
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    train_alike(fused, eager, [torch.randn(4, 8, 5, 5).double() for _ in range(2)])
+
+
+def test_frozen_downsample():
+    """The two norms of a tail in different modes: one normalises with running statistics."""
+    torch.manual_seed(0)
+    downsample = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
+    eager = tv.resnet.BasicBlock(8, 16, downsample=downsample).double()
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    for block in (eager, fused):
+        block.downsample.eval()
+    train_alike(fused, eager, [torch.randn(4, 8, 5, 5).double() for _ in range(2)])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_compiles_without_a_graph_break(resnet):
+    fused = fusedskip.fuse(resnet)
+    torch._dynamo.reset()
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 3, 64, 64).double()
+    buffers = copy.deepcopy(fused.state_dict())
+    ours = compiled(x)
+    fused.load_state_dict(buffers)
+    assert_equal(ours, fused(x))
+
+
+def test_explain_command(capsys):
+    assert main(["explain", "torchvision:resnet18"]) == 0
+    assert "20 of 20 normalisation layers" in capsys.readouterr().out
+    assert main(["explain", "timm:resnet10t"]) == 0
+    assert "(the model)" in capsys.readouterr().out
+    assert main(["explain", "transformers:microsoft/resnet-50"]) == 0
+    assert "53 of 53 normalisation layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("resnet18", "expected LIBRARY:NAME"),
+        ("jax:resnet18", "expected LIBRARY:NAME"),
+        ("torchvision:resnet19", "Unknown model resnet19"),
+        ("timm:resnet19", "Unknown model"),
+        ("transformers:nobody/nothing-1", "no model type of transformers"),
+    ],
+)
+def test_explain_command_refuses(model, message, capsys):
+    assert main(["explain", model]) == 2
+    assert message in capsys.readouterr().out
+
+
+def test_no_library_is_imported_for_a_model_that_does_not_use_it():
+    code = (
+        "import sys, fusedskip; from torch import nn;"
+        "fusedskip.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()));"
+        "print(sorted({'torchvision', 'timm', 'transformers', 'rich'} & set(sys.modules)))"
+    )
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert printed.stdout.strip() == "[]"
+
+
+def test_an_unknown_release_of_a_library_is_announced(monkeypatch):
+    def fail(name):
+        raise ImportError("cannot import name 'resnet'")
+
+    monkeypatch.setattr(surgery.importlib, "import_module", fail)
+    surgery._load.cache_clear()
+    with pytest.warns(UserWarning, match="fusedskip fuses nothing of this timm: cannot import"):
+        surgery._load("timm")
+    surgery._load.cache_clear()
