@@ -27,58 +27,69 @@ int64_t numel(const View& v) { return v.n_outer * v.n_channels * v.n_inner; }
 int64_t channel_of(const View& v, int64_t element) { return element / v.n_inner % v.n_channels; }
 
 // Calls body(channel_block, program, thread, place) for all octets that the grid takes.
-template <bool kChannelsLast, typename Body>
+template <bool kChannelsLast, int kWidth, typename Body>
 void for_each_place(const Tiling& t, bool backwards, Body body) {
   for (int64_t block = 0; block < t.channel_blocks; ++block)
     for (int program = 0; program < t.programs; ++program)
       for (int thread = 0; thread < kThreads; ++thread)
-        for (Walk<kChannelsLast> walk(t, block, program, thread, backwards); !walk.done();)
+        for (Walk<kChannelsLast, kWidth> walk(t, block, program, thread, backwards); !walk.done();)
           body(block, program, thread, walk.next());
 }
 
 // No more blocks than are meant, and programs within one tile of each other.
-void check_grid(const Tiling& t) {
+void check_grid(const Tiling& t, int64_t resident) {
   const int64_t positions = t.view.n_outer * (t.channels_last ? 1 : t.octets);
   const int64_t tiles = ceil_div(positions, t.depth());
   CHECK(t.columns >= 1 && t.columns <= kMaxColumns && kThreads % t.columns == 0);
   CHECK(t.programs >= 1 && t.programs <= tiles && t.programs <= 65535);
-  CHECK(t.programs == 1 || t.programs * t.channel_blocks <= 4 * kBlocks);
+  CHECK(t.programs == 1 ||
+        t.programs * t.channel_blocks <= (t.channels_last ? resident : 4 * kBlocks));
   CHECK((t.programs - 1) * ceil_div(tiles, t.programs) < tiles);
 }
 
 // Every element, and every byte of the mask, belongs to one thread; so does every element of a
 // channel to one program, that a channel's partial results are summed over. Accesses are aligned
 // and stay within their row.
-template <bool kChannelsLast>
+template <bool kChannelsLast, int kWidth>
 void check_cover(const Tiling& t, bool backwards) {
   const View& v = t.view;
-  const int width = vector_width(v.row_length(), Dtype::kBFloat16, 0);
+  if (v.row_length() % kWidth != 0) return;
   std::vector<uint8_t> elements(numel(v)), bytes(v.n_rows() * v.mask_row_bytes());
-  for_each_place<kChannelsLast>(t, backwards, [&](int64_t block, int, int thread, const Place& p) {
+  const auto check_place = [&](int64_t block, int, int thread, const Place& p) {
     CHECK(p.elements >= 1 && p.elements <= kOctet);
     CHECK(p.element >= 0 && p.element + p.elements <= numel(v));
-    CHECK(p.element % width == 0 && p.elements % width == 0);
+    CHECK(p.element % kWidth == 0 && p.elements % kWidth == 0);
     const int64_t row = p.element / v.row_length(), column = p.element % v.row_length();
     CHECK(column % kOctet == 0 && column + p.elements <= v.row_length());
     CHECK(p.elements == kOctet || column + p.elements == v.row_length());
     CHECK(p.byte == row * v.mask_row_bytes() + column / kOctet);
+    const int64_t outer = p.element / t.outer_elements;
+    CHECK(p.result == p.element + outer * (t.outer_results - t.outer_elements));
     ++bytes[p.byte];
     for (int i = 0; i < p.elements; ++i) {
       ++elements[p.element + i];
       CHECK(channel_of(v, p.element + i) ==
             t.channels(block, thread).first + (kChannelsLast ? i : 0));
     }
-  });
+  };
+  for_each_place<kChannelsLast, kWidth>(t, backwards, check_place);
   for (const uint8_t times : elements) CHECK(times == 1);
   for (const uint8_t times : bytes) CHECK(times == 1);
 }
 
-// The threads of a column agree on their channels, whose partial results are theirs alone.
+// The threads of a column agree on their channels, whose partial results are theirs alone; and each
+// channel is one thread's own, in the order of the columns and their lanes.
 void check_channels(const Tiling& t) {
   const int lanes = t.channels_last ? kOctet : 1;
-  std::vector<int> owners(t.view.n_channels);
+  std::vector<int> owners(t.view.n_channels), own(t.view.n_channels);
   for (int64_t block = 0; block < t.channel_blocks; ++block)
     for (int thread = 0; thread < kThreads; ++thread) {
+      const int64_t channel = t.own_channel(block, thread);
+      CHECK(channel < t.view.n_channels);
+      if (channel >= 0) {
+        CHECK(channel == t.channels(block, thread / lanes).first + thread % lanes);
+        ++own[channel];
+      }
       const Channels channels = t.channels(block, thread);
       CHECK(channels.first == t.channels(block, thread % t.columns).first);
       if (channels.count == 0) continue;
@@ -87,8 +98,10 @@ void check_channels(const Tiling& t) {
       if (thread < t.columns)
         for (int i = 0; i < channels.count; ++i) ++owners[channels.first + i];
     }
-  for (const int owner : owners) CHECK(owner == 1);
-  CHECK(t.workspace_size() == t.programs * (2 * t.pitch() + t.channel_blocks));
+  for (const int times : owners) CHECK(times == 1);
+  for (const int times : own) CHECK(times == 1);
+  CHECK(t.workspace_size(1) == t.programs * (2 * t.pitch() + t.channel_blocks));
+  CHECK(t.workspace_size(2) == t.programs * (4 * t.pitch() + t.channel_blocks));
 }
 
 // The arithmetic of stats.cu and moments.cuh in double: threads about their own first element,
@@ -107,7 +120,7 @@ void check_moments(const Tiling& t) {
 
   std::vector<std::vector<Part>> threads(v.n_channels * t.programs);
   for (auto& parts : threads) parts.resize(kThreads);
-  for_each_place<kChannelsLast>(t, false, [&](int64_t, int program, int thread, const Place& p) {
+  const auto take = [&](int64_t, int program, int thread, const Place& p) {
     for (int i = 0; i < p.elements; ++i) {
       const int64_t c = channel_of(v, p.element + i);
       Part& part = threads[c * t.programs + program][thread];
@@ -116,7 +129,8 @@ void check_moments(const Tiling& t) {
       part.sum += deviation;
       part.squares += deviation * deviation;
     }
-  });
+  };
+  for_each_place<kChannelsLast, 1>(t, false, take);
   for (int64_t c = 0; c < v.n_channels; ++c) {
     const double origin = x[c * v.n_inner];
     struct Moments {
@@ -157,12 +171,21 @@ void check_moments(const Tiling& t) {
 
 template <bool kChannelsLast>
 void check_shape(const View& v) {
-  const Tiling t(current = v);
+  const Tiling t(current = v), stats = stats_tiling(v, 2), stages = stage_tiling(v, 2);
   CHECK(t.channels_last == kChannelsLast);
-  check_grid(t);
+  check_grid(t, kBlocks);
+  check_grid(stats, kBlocks / 2);
+  check_grid(stages, kDualBlocks);
+  // What stats leaves to apply does not hang on how many programs either has.
+  CHECK(stats.columns == stages.columns && stats.channel_blocks == stages.channel_blocks);
   check_channels(t);
-  check_cover<kChannelsLast>(t, false);
-  check_cover<kChannelsLast>(t, true);
+  check_cover<kChannelsLast, 1>(t, false);
+  check_cover<kChannelsLast, kOctet>(t, true);
+  check_cover<kChannelsLast, kOctet>(stats, false);
+  check_cover<kChannelsLast, 1>(stages, true);
+  Tiling pitched = t;
+  pitched.outer_results += 24;
+  check_cover<kChannelsLast, kOctet>(pitched, true);
   if (numel(v) * v.n_channels < 200'000) check_moments<kChannelsLast>(t);
 }
 
@@ -173,13 +196,13 @@ template <bool kChannelsLast>
 void check_large(const View& v) {
   using Wide = __int128;
   const Tiling t(current = v);
-  check_grid(t);
+  check_grid(t, kBlocks);
   Wide furthest = 0;
   for (const int64_t block : {int64_t{0}, t.channel_blocks / 2, t.channel_blocks - 1})
     for (const int program : {0, t.programs / 3, t.programs - 1})
       for (const int thread : {0, 1, 16, 77, kThreads - 1}) {
         Wide position = Wide(program) * t.depth() + thread / t.columns;
-        Walk<kChannelsLast> walk(t, block, program, thread, false);
+        Walk<kChannelsLast, 1> walk(t, block, program, thread, false);
         for (; !walk.done(); position += Wide(t.programs) * t.depth()) {
           const Place p = walk.next();
           Wide row = position, octet = Wide(block) * t.columns + thread % t.columns;

@@ -16,12 +16,15 @@ ARCHITECTURES = ("80", "90a", "100")
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-Wall,-Werror,-fPIC"]
 FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
 
-# Tensors that the main loop of a kernel reads and writes.
+# Tensors that the main loop of a kernel reads and writes; dual kernels normalise the residual too.
 TENSORS = {
     "batch_norm_stats_kernel": (1, 0),
     "batch_norm_apply_kernel": (2, 1),
+    "dual batch_norm_apply_kernel": (2, 1),
     "batch_norm_bwd_reduce_kernel": (2, 0),
+    "dual batch_norm_bwd_reduce_kernel": (3, 0),
     "batch_norm_bwd_apply_kernel": (2, 2),
+    "dual batch_norm_bwd_apply_kernel": (3, 2),
     "add_relu_kernel": (2, 1),
     "add_relu_backward_kernel": (1, 1),
 }
@@ -45,8 +48,9 @@ class Kernel:
 
     @property
     def name(self):
-        """Without namespaces and template arguments."""
-        return re.search(r"\d((?:batch_norm|add_relu)\w*?_kernel)I", self.function)[1]
+        """Without namespaces and template arguments, of which kNorms or kKind says dual."""
+        name = re.search(r"\d((?:batch_norm|add_relu)\w*?_kernel)I", self.function)[1]
+        return f"dual {name}" if re.search(r"(ELi|4KindE)2E", self.function) else name
 
     @property
     def itemsize(self):
@@ -127,9 +131,10 @@ def test_every_kernel_is_there_and_combinations_are_counted(kernels):
     for arch in ARCHITECTURES:
         of_arch = [kernel for kernel in kernels if kernel.arch == arch]
         assert {kernel.name for kernel in of_arch} == set(TENSORS)
-        # (3 dtypes with widths 8, 4, 1 and fp64 with width 1) x 2 layouts x stages, of which the
-        # backward ones recompute the threshold or do not; add_relu has one layout.
-        assert len(of_arch) == 10 * 2 * (1 + 1 + 2 + 2) + 10 * 2
+        # (3 dtypes with widths 8, 4, 1 and fp64 with width 1) x 2 layouts x stages, of which all but
+        # stats have a dual form, and the backward ones recompute the threshold or do not; add_relu
+        # has one layout.
+        assert len(of_arch) == 10 * 2 * (1 + 2 + 3 + 3) + 10 * 2
 
 
 def test_nothing_spills(kernels):
@@ -148,6 +153,6 @@ def test_main_loops_access_16_bytes(kernels):
         for accesses, tensors in zip((loads, stores), TENSORS[kernel.name], strict=True):
             widest = [access for access in accesses if "128" in access]
             assert len(widest) >= tensors * OCTET * kernel.itemsize // 16, f"{kernel}: {accesses}"
-            if kernel.name.startswith("batch_norm"):
+            if "batch_norm" in kernel.name:
                 narrow = {access for access in accesses if "128" not in access}
                 assert all(".U8" in access for access in narrow), f"{kernel}: {accesses}"

@@ -19,20 +19,20 @@ class Cuda {
     stream_ = static_cast<cudaStream_t>(stream);
   }
 
-  void add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
-                uint8_t* mask) const {
-    check(cuda::add_relu(dtype, numel, x, residual, out, mask, stream_));
+  void add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x, const void* residual,
+                void* out, uint8_t* mask) const {
+    check(cuda::add_relu(dtype, numel, relu_first, x, residual, out, mask, stream_));
   }
   void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8_t* mask,
                          void* dx) const {
     check(cuda::add_relu_backward(dtype, numel, dout, mask, dx, stream_));
   }
   void batch_norm(const BatchNormForward& args) const {
-    const Tensor workspace = empty_workspace(args.training ? cuda::workspace_size(args.view) : 0);
+    const Tensor workspace = empty_workspace(cuda::workspace_size(args));
     check(cuda::batch_norm(args, workspace.data_ptr(), stream_));
   }
   void batch_norm_backward(const BatchNormBackward& args) const {
-    const Tensor workspace = empty_workspace(args.reduces() ? cuda::workspace_size(args.view) : 0);
+    const Tensor workspace = empty_workspace(cuda::workspace_size(args));
     check(cuda::batch_norm_backward(args, workspace.data_ptr(), stream_));
   }
 

@@ -1,6 +1,7 @@
-// add_relu: out = relu(x + residual), and its gradient: elementwise in the order of memory, which
-// is one row. Forward reads x and residual and writes out and the 1-bit mask: 3N + m; backward
-// reads dout and the mask and writes dx: 2N + m. A block takes kUnroll times 256 octets.
+// add_relu: out = relu(x + residual) or relu(x) + residual, and ReLU's gradient: elementwise in the
+// order of memory, which is one row. Forward reads x and residual and writes out and the 1-bit
+// mask: 3N + m; backward reads dout and the mask and writes dx: 2N + m. A block takes kUnroll times
+// 256 octets.
 
 #include "batch_norm.h"
 #include "dispatch.cuh"
@@ -30,7 +31,8 @@ __device__ void store_flat(T* p, const Place& place, const Octet<T>& octet) {
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    add_relu_kernel(int64_t numel, const T* x, const T* residual, T* out, uint8_t* mask) {
+    add_relu_kernel(int64_t numel, bool relu_first, const T* x, const T* residual, T* out,
+                    uint8_t* mask) {
   Octet<T> octets[kUnroll], residuals[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -44,10 +46,15 @@ __global__ void __launch_bounds__(kThreads)
     auto values = widen<T>(octets[u]);
     const auto added = widen<T>(residuals[u]);
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) values[i] += added[i];
+    for (int i = 0; i < kOctet; ++i)
+      if (!relu_first) values[i] += added[i];
     const uint32_t bits = relu_passes<T>(values);
+    values = keep(values, bits);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i)
+      if (relu_first) values[i] += added[i];
     if (mask && place.elements > 0) mask[place.byte] = padded(bits, place);
-    store_flat<kWidth>(out, place, narrow<T>(keep(values, bits)));
+    store_flat<kWidth>(out, place, narrow<T>(values));
   }
 }
 
@@ -73,14 +80,14 @@ unsigned flat_grid(int64_t numel) { return unsigned(ceil_div(numel, kUnroll * kT
 
 }  // namespace
 
-cudaError_t add_relu(Dtype dtype, int64_t numel, const void* x, const void* residual, void* out,
-                     uint8_t* mask, cudaStream_t stream) {
+cudaError_t add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x,
+                     const void* residual, void* out, uint8_t* mask, cudaStream_t stream) {
   const int width = flat_width(dtype, addresses(x, residual, out));
   return dispatch(dtype, /*channels_last=*/false, width, [&](auto instance) {
     using T = typename decltype(instance)::T;
     add_relu_kernel<T, decltype(instance)::kWidth><<<flat_grid(numel), kThreads, 0, stream>>>(
-        numel, static_cast<const T*>(x), static_cast<const T*>(residual), static_cast<T*>(out),
-        mask);
+        numel, relu_first, static_cast<const T*>(x), static_cast<const T*>(residual),
+        static_cast<T*>(out), mask);
     return cudaGetLastError();
   });
 }

@@ -1,5 +1,6 @@
-// apply: out = relu((x - mean)·scale + bias + residual), scale = weight·rstd. Reads x and residual,
-// writes out and the 1-bit mask: 2N, or 3N + m.
+// apply: out = relu((x - mean)·scale + bias + residual), scale = weight·rstd; a residual with a
+// norm of its own comes in as x does. Reads x and residual, writes out and the 1-bit mask: 2N, or
+// 3N + m.
 //
 // Every block first merges the moments of its own channels, which are in L2; the first block of a
 // channel also leaves mean, rstd and the running statistics behind.
@@ -12,58 +13,65 @@ namespace fusedskip::cuda {
 namespace {
 
 // running = (1 - momentum)·running + momentum·batch, rounded once to the buffer's dtype.
-template <typename S, int kSize>
-__device__ void update_running(const ChannelVector& running, const Array<S, kSize>& batch,
-                               double momentum, const Channels& channels) {
-  Array<S, kSize> values;
-  load_channels(values, running, channels, S(0));
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) values[j] = S(1 - momentum) * values[j] + S(momentum) * batch[j];
-  store_channels(running, values, channels);
+template <typename S>
+__device__ void update_running(const ChannelVector& running, int64_t channel, S batch,
+                               double momentum) {
+  const S before = get(running, channel, S(0));
+  set(running, channel, S(1 - momentum) * before + S(momentum) * batch);
 }
 
-template <typename T, bool kChannelsLast, int kWidth, typename S = StatisticsOf<T>>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth>)
+template <typename T, bool kChannelsLast, int kWidth, int kNorms, typename S = StatisticsOf<T>>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth, kNorms>)
     batch_norm_apply_kernel(const __grid_constant__ Tiling tiling,
                             const __grid_constant__ BatchNormForward args,
                             const __grid_constant__ Partials<S> partials) {
   constexpr int kSize = kLanes<kChannelsLast>;
-  constexpr int kUnroll = kInFlight<T, 2>;
+  constexpr int kUnroll = kInFlight<T, 2, kBlocksAtOnce<kChannelsLast, kNorms>>;
   const T* x = static_cast<const T*>(args.x);
   const T* residual = static_cast<const T*>(args.residual);
   T* out = static_cast<T*>(args.out);
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
-  const bool writes_channels = blockIdx.y == 0 && threadIdx.x < tiling.columns;
+  const int64_t own = tiling.own_channel(blockIdx.x, threadIdx.x);
 
-  Array<S, kSize> mean, var, rstd;
+  S origin[kNorms] = {};
+  Moments<S, kNorms> moments = {};
   if (args.training) {
-    const auto origin = load_origin<kSize, kWidth>(x, tiling, channels);
-    auto [batch_mean, m2] = merge_moments<S, kSize>(tiling, partials, channels);
-    const S n = S(tiling.view.n_outer * tiling.view.n_inner);
-    Array<S, kSize> unbiased;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      mean[j] = origin[j] + batch_mean[j];
-      var[j] = m2[j] * (1 / n);
-      unbiased[j] = m2[j] * (1 / (n - 1));
-    }
-    if (writes_channels && args.running_mean.data) {
-      update_running(args.running_mean, mean, args.momentum, channels);
-      update_running(args.running_var, unbiased, args.momentum, channels);
-    }
-  } else {
-    load_channels(mean, args.running_mean, channels, S(0));
-    load_channels(var, args.running_var, channels, S(1));
+    for (int k = 0; k < kNorms; ++k)
+      if (own >= 0) origin[k] = origin_of<S>(k == 0 ? x : residual, tiling, own);
+    moments = merge_moments<kSize, kNorms>(tiling, partials, channels);
   }
+  __shared__ BlockAffine<S, kChannelsLast> affine_of_block[kNorms];
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) rstd[j] = rsqrt(var[j] + S(args.eps));
-  if (writes_channels) {
-    store_channels(static_cast<S*>(args.mean.data), mean, channels);
-    store_channels(static_cast<S*>(args.rstd.data), rstd, channels);
+  for (int k = 0; k < kNorms; ++k) {
+    if (own < 0) break;
+    const Norm& norm = norm_of(args, k);
+    S mean, var;
+    if (args.training) {
+      const S n = S(tiling.view.n_outer * tiling.view.n_inner);
+      mean = origin[k] + moments.mean[k];
+      var = moments.m2[k] * (1 / n);
+      if (blockIdx.y == 0) {
+        update_running(norm.running_mean, own, mean, norm.momentum);
+        update_running(norm.running_var, own, moments.m2[k] * (1 / (n - 1)), norm.momentum);
+      }
+    } else {
+      mean = get(norm.running_mean, own, S(0));
+      var = get(norm.running_var, own, S(1));
+    }
+    const S rstd = rsqrt_rn(var + S(norm.eps));
+    if (blockIdx.y == 0) {
+      set(norm.mean, own, mean);
+      set(norm.rstd, own, rstd);
+    }
+    affine_of_block[k].put(norm, own, mean, rstd);
   }
-  const auto affine = affine_of(mean, rstd, args.weight, args.bias, channels);
+  __syncthreads();
+  Affine<S, kSize> affine[kNorms];
+#pragma unroll
+  for (int k = 0; k < kNorms; ++k) affine[k] = affine_of_block[k].lanes(tiling.columns);
 
-  Walk<kChannelsLast> walk(tiling, blockIdx.x, blockIdx.y, threadIdx.x, /*backwards=*/true);
+  Walk<kChannelsLast, kWidth> walk(tiling, blockIdx.x, blockIdx.y, threadIdx.x, /*backwards=*/true);
   while (!walk.done()) {
     Place places[kUnroll];
     Octet<T> octets[kUnroll], residuals[kUnroll];
@@ -71,17 +79,18 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
       octets[u] = load<kWidth>(x, places[u]);
-      if (residual) residuals[u] = load<kWidth>(residual, places[u]);
+      if (kNorms == 2 || residual) residuals[u] = load<kWidth>(residual, places[u]);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       auto values = widen<T>(octets[u]);
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) values[i] = affine(values[i], i);
-      if (residual) {
+      for (int i = 0; i < kOctet; ++i) values[i] = affine[0](values[i], i);
+      if (kNorms == 2 || residual) {
         const auto added = widen<T>(residuals[u]);
 #pragma unroll
-        for (int i = 0; i < kOctet; ++i) values[i] += added[i];
+        for (int i = 0; i < kOctet; ++i)
+          values[i] += kNorms == 2 ? affine[kNorms - 1](added[i], i) : added[i];
       }
       if (args.relu) {
         const uint32_t bits = relu_passes<T>(values);
@@ -89,23 +98,29 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
         if (args.mask && places[u].elements > 0)
           args.mask[mask_offset<kWidth>(places[u])] = padded(bits, places[u]);
       }
-      store<kWidth>(out, places[u], narrow<T>(values));
+      const Place result{places[u].result, 0, places[u].elements};
+      store<kWidth>(out, result, narrow<T>(values));
     }
   }
 }
 
 }  // namespace
 
-cudaError_t apply(const BatchNormForward& args, const Tiling& tiling, void* workspace,
-                  cudaStream_t stream) {
-  const int width =
-      vector_width(args.view.row_length(), args.dtype, addresses(args.x, args.residual, args.out));
+cudaError_t apply(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
+  const int norms = norm_count(args);
+  Tiling tiling = stage_tiling(args.view, norms);
+  tiling.outer_results = args.out_pitch;
+  const uintptr_t pitch = args.out_pitch * bytes(args.dtype);
+  const int width = vector_width(args.view.row_length(), args.dtype,
+                                 addresses(args.x, args.residual, args.out) | pitch);
   return dispatch(args.dtype, tiling.channels_last, width, [&](auto instance) {
     using I = decltype(instance);
     using T = typename I::T;
+    const auto kernel = norms == 2 ? batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, 2>
+                                   : batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, 1>;
     const dim3 grid(tiling.channel_blocks, tiling.programs);
-    batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth>
-        <<<grid, kThreads, 0, stream>>>(tiling, args, Partials<StatisticsOf<T>>(workspace, tiling));
+    kernel<<<grid, kThreads, 0, stream>>>(
+        tiling, args, Partials<StatisticsOf<T>>(workspace, stats_tiling(args.view, norms), norms));
     return cudaGetLastError();
   });
 }

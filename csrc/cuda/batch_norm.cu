@@ -6,25 +6,31 @@
 
 namespace fusedskip::cuda {
 
-int64_t workspace_size(const View& view) { return Tiling(view).workspace_size(); }
+int64_t workspace_size(const BatchNormForward& args) {
+  const int norms = norm_count(args);
+  return args.training ? stats_tiling(args.view, norms).workspace_size(norms) : 0;
+}
+
+int64_t workspace_size(const BatchNormBackward& args) {
+  const int norms = norm_count(args);
+  return args.reduces() ? stage_tiling(args.view, norms).workspace_size(norms) : 0;
+}
 
 cudaError_t batch_norm(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
-  const Tiling tiling(args.view);
   if (args.training) {
-    const cudaError_t error = stats(args, tiling, workspace, stream);
+    const cudaError_t error = stats(args, workspace, stream);
     if (error != cudaSuccess) return error;
   }
-  return apply(args, tiling, workspace, stream);
+  return apply(args, workspace, stream);
 }
 
 cudaError_t batch_norm_backward(const BatchNormBackward& args, void* workspace,
                                 cudaStream_t stream) {
-  const Tiling tiling(args.view);
   if (args.reduces()) {
-    const cudaError_t error = bwd_reduce(args, tiling, workspace, stream);
+    const cudaError_t error = bwd_reduce(args, workspace, stream);
     if (error != cudaSuccess) return error;
   }
-  return args.reduces() || args.dx || args.dresidual ? bwd_apply(args, tiling, workspace, stream)
+  return args.reduces() || args.dx || args.dresidual ? bwd_apply(args, workspace, stream)
                                                      : cudaSuccess;
 }
 

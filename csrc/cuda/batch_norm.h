@@ -10,15 +10,17 @@
 namespace fusedskip::cuda {
 
 // The numbers, in statistics precision, that batch_norm and batch_norm_backward need for partial
-// results. Where they reduce nothing (no training, no BatchNormBackward::reduces) it may be null.
-int64_t workspace_size(const View&);
+// results; where it is 0, workspace may be null.
+int64_t workspace_size(const BatchNormForward&);
+int64_t workspace_size(const BatchNormBackward&);
 
 cudaError_t batch_norm(const BatchNormForward&, void* workspace, cudaStream_t stream);
 cudaError_t batch_norm_backward(const BatchNormBackward&, void* workspace, cudaStream_t stream);
 
-// out = relu(x + residual) and its gradient over `numel` elements in memory order.
-cudaError_t add_relu(Dtype, int64_t numel, const void* x, const void* residual, void* out,
-                     uint8_t* mask, cudaStream_t stream);
+// out = relu(x + residual), or relu(x) + residual, over `numel` elements in memory order, and the
+// gradient of what ReLU was given.
+cudaError_t add_relu(Dtype, int64_t numel, bool relu_first, const void* x, const void* residual,
+                     void* out, uint8_t* mask, cudaStream_t stream);
 cudaError_t add_relu_backward(Dtype, int64_t numel, const void* dout, const uint8_t* mask, void* dx,
                               cudaStream_t stream);
 

@@ -1,6 +1,7 @@
-// bwd_apply: dx = scale·g + k2·(x - mean) + k3 and dresidual = g; also dweight and dbias. Reads
-// dout, the mask, and x in training or to recompute the threshold; writes what is asked for: 3N, or
-// 4N + m.
+// bwd_apply: dx = scale·g + k2·(x - mean) + k3 and dresidual = g, or, the residual having a norm of
+// its own, what dx is; also dweight and dbias. Reads dout, the mask, and in training or to
+// recompute the threshold what was normalised; writes what is asked for: 3N, 4N + m, or of a dual
+// norm 5N + m.
 //
 // Every block first adds up the partial sums of its own channels, which are in L2; the first block
 // of a channel also leaves dweight and dbias behind.
@@ -12,89 +13,117 @@
 namespace fusedskip::cuda {
 namespace {
 
-template <typename T, bool kChannelsLast, int kWidth, bool kRecompute, typename S = StatisticsOf<T>>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth>)
+template <typename T, bool kChannelsLast, int kWidth, Kind kKind, typename S = StatisticsOf<T>>
+__global__ void __launch_bounds__(kThreads,
+                                  kResidentBlocks<T, kChannelsLast, kWidth, kNorms<kKind>>)
     batch_norm_bwd_apply_kernel(const __grid_constant__ Tiling tiling,
                                 const __grid_constant__ BatchNormBackward args,
                                 const __grid_constant__ Partials<S> partials) {
-  constexpr int kSize = kLanes<kChannelsLast>;
+  constexpr int kSize = kLanes<kChannelsLast>, kNorms = cuda::kNorms<kKind>;
   // Beside four coefficients of eight channels, 80 registers hold one octet of each tensor. That is
-  // enough: reads are half of the traffic.
-  constexpr int kUnroll = kChannelsLast ? 1 : kInFlight<T, 2>;
-  T* dx = static_cast<T*>(args.dx);
+  // enough: reads are half of the traffic. Beside those of two norms, 122 hold two of 16 bits.
+  constexpr int kUnroll = kChannelsLast && kNorms == 1
+                              ? 1
+                              : kInFlight<T, 1 + kNorms, kBlocksAtOnce<kChannelsLast, kNorms>>;
   T* dresidual = static_cast<T*>(args.dresidual);
+  T* const dnormalised[] = {static_cast<T*>(args.dx), dresidual};
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
-  const auto affine = saved_affine<S, kSize>(args, channels);
+  const int64_t own = tiling.own_channel(blockIdx.x, threadIdx.x);
 
-  Array<S, kSize> k2 = {}, k3 = {};
+  const S* totals = nullptr;  // from the thread's own channel on
   if (args.reduces()) {
-    GradientSums<S, kSize> sums = {};
-    for_each_program(tiling, channels, [&](int program) {
-      const auto g = partial_row<kSize>(partials.first, tiling, program, channels);
-      const auto gx = partial_row<kSize>(partials.second, tiling, program, channels);
+    Array<S, kSize> sums[1 + kNorms] = {};
+    partials.for_each_program(tiling, channels, [&](int program) {
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) {
-        sums.g[j] += g[j];
-        sums.gx[j] += gx[j];
+      for (int k = 0; k < 1 + kNorms; ++k) {
+        const auto part = partials.template row<kSize>(k, program, tiling, channels);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) sums[k][j] += part[j];
       }
     });
-    block_sum(sums, tiling.columns);
-    Array<S, kSize> rstd = {};
-    load_channels(rstd, static_cast<const S*>(args.rstd.data), channels);
-    const S per_element = 1 / S(tiling.view.n_outer * tiling.view.n_inner);
+    totals = block_sum(sums, tiling.columns) + threadIdx.x;
+  }
+  __shared__ BlockAffine<S, kChannelsLast> affine_of_block[kNorms];
+  __shared__ BlockArray<S, kChannelsLast> k2_of_block[kNorms], k3_of_block[kNorms];
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      sums.gx[j] *= rstd[j];
-      k2[j] = -affine.scale[j] * rstd[j] * sums.gx[j] * per_element;
-      k3[j] = -affine.scale[j] * sums.g[j] * per_element;
-    }
-    if (blockIdx.y == 0 && threadIdx.x < tiling.columns) {
-      store_channels(args.dweight, sums.gx, channels);
-      store_channels(args.dbias, sums.g, channels);
+  for (int k = 0; k < kNorms; ++k) {
+    if (own < 0) break;
+    const Norm& norm = norm_of(args, k);
+    const S rstd = put_saved(affine_of_block[k], norm, own);
+    if (!totals) continue;
+    const S scale = affine_of_block[k].scale[threadIdx.x];
+    const S per_element = 1 / S(tiling.view.n_outer * tiling.view.n_inner);
+    const S dbias = totals[0], dweight = totals[(1 + k) * kSize * tiling.columns] * rstd;
+    k2_of_block[k][threadIdx.x] = -scale * rstd * dweight * per_element;
+    k3_of_block[k][threadIdx.x] = -scale * dbias * per_element;
+    if (blockIdx.y == 0) {
+      set(k == 0 ? args.dweight : args.residual_dweight, own, dweight);
+      set(k == 0 ? args.dbias : args.residual_dbias, own, dbias);
     }
   }
-  if (!dx && !dresidual) return;
+  if (!args.dx && !args.dresidual) return;
+  __syncthreads();
+  Affine<S, kSize> affine[kNorms];
+  Array<S, kSize> k2[kNorms], k3[kNorms];
+#pragma unroll
+  for (int k = 0; k < kNorms; ++k) {
+    affine[k] = affine_of_block[k].lanes(tiling.columns);
+    k2[k] = lanes_of<kSize>(k2_of_block[k].values, tiling.columns);
+    k3[k] = lanes_of<kSize>(k3_of_block[k].values, tiling.columns);
+  }
 
-  Walk<kChannelsLast> walk(tiling, blockIdx.x, blockIdx.y, threadIdx.x, /*backwards=*/true);
+  Walk<kChannelsLast, kWidth> walk(tiling, blockIdx.x, blockIdx.y, threadIdx.x, /*backwards=*/true);
   while (!walk.done()) {
     Place places[kUnroll];
-    GatedOctet<T, kWidth, kRecompute> octets[kUnroll];
+    GatedOctet<T, kWidth, kKind> octets[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
-      octets[u].read(args, places[u], /*reads_x=*/args.training && dx);
+      octets[u].read(args, places[u], /*reads_x=*/args.training && args.dx,
+                     /*reads_residual=*/args.training && dresidual);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      auto [g, centred] = octets[u].gradient(affine);
-      if (dresidual) store<kWidth>(dresidual, places[u], narrow<T>(g));
-      if (!dx) continue;
+      const auto [g, centred] = octets[u].gradient(affine);
+      if (kNorms == 1 && dresidual) store<kWidth>(dresidual, places[u], narrow<T>(g));
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) {
-        const int j = i % kSize;
-        g[i] = args.training ? fma_rn(affine.scale[j], g[i], fma_rn(k2[j], centred[i], k3[j]))
-                             : affine.scale[j] * g[i];
+      for (int k = 0; k < kNorms; ++k) {
+        if (!dnormalised[k]) continue;
+        Array<S, kOctet> values;
+#pragma unroll
+        for (int i = 0; i < kOctet; ++i) {
+          const int j = i % kSize;
+          values[i] = args.training ? fma_rn(affine[k].scale[j], g[i],
+                                             fma_rn(k2[k][j], centred[k][i], k3[k][j]))
+                                    : affine[k].scale[j] * g[i];
+        }
+        store<kWidth>(dnormalised[k], places[u], narrow<T>(values));
       }
-      store<kWidth>(dx, places[u], narrow<T>(g));
     }
   }
 }
 
 }  // namespace
 
-cudaError_t bwd_apply(const BatchNormBackward& args, const Tiling& tiling, void* workspace,
-                      cudaStream_t stream) {
-  const int width = vector_width(args.view.row_length(), args.dtype,
-                                 addresses(args.dout, args.x, args.dx, args.dresidual));
+cudaError_t bwd_apply(const BatchNormBackward& args, void* workspace, cudaStream_t stream) {
+  const int norms = norm_count(args);
+  const Tiling tiling = stage_tiling(args.view, norms);
+  const int width =
+      vector_width(args.view.row_length(), args.dtype,
+                   addresses(args.dout, args.x, args.residual, args.dx, args.dresidual));
   return dispatch(args.dtype, tiling.channels_last, width, [&](auto instance) {
     using I = decltype(instance);
     using T = typename I::T;
-    const auto kernel = args.relu && !args.mask
-                            ? batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, true>
-                            : batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, false>;
+    const Kind kind = kind_of(args);
+    const auto kernel =
+        kind == Kind::kDual
+            ? batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, Kind::kDual>
+        : kind == Kind::kRecomputed
+            ? batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, Kind::kRecomputed>
+            : batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, Kind::kSaved>;
     const dim3 grid(tiling.channel_blocks, args.dx || args.dresidual ? tiling.programs : 1);
     kernel<<<grid, kThreads, 0, stream>>>(tiling, args,
-                                          Partials<StatisticsOf<T>>(workspace, tiling));
+                                          Partials<StatisticsOf<T>>(workspace, tiling, norms));
     return cudaGetLastError();
   });
 }

@@ -1,5 +1,6 @@
 // The numbers of a channel: parameters of either dtype, sums over a block, partial results of the
-// programs. A thread holds those of its own channels: eight channels-last, one channels-first.
+// programs. A thread holds those of its lanes: eight channels, or one channels-first. What they
+// come from is worked out by one thread a channel, and handed round in shared memory.
 
 #pragma once
 
@@ -10,56 +11,46 @@ namespace fusedskip::cuda {
 template <bool kChannelsLast>
 inline constexpr int kLanes = kChannelsLast ? kOctet : 1;
 
-// From an array of T, in the order of a thread's lanes. Lanes without a channel keep their values.
-template <typename S, int kSize, typename T>
-__device__ void load_channels(Array<S, kSize>& values, const T* data, const Channels& channels) {
+// Numbers of all channels of a block, in their order.
+template <typename S, bool kChannelsLast>
+using BlockArray = Array<S, kMaxColumns * kLanes<kChannelsLast>>;
+
+// Those of a thread's lanes.
+template <int kSize, typename S>
+__device__ Array<S, kSize> lanes_of(const S* of_block, int columns) {
+  const int first = (threadIdx.x & (columns - 1)) * kSize;
+  Array<S, kSize> lanes;
 #pragma unroll
-  for (int j = 0; j < kSize; ++j)
-    if (j < channels.count) values[j] = S(data[channels.first + j]);
+  for (int j = 0; j < kSize; ++j) lanes[j] = of_block[first + j];
+  return lanes;
 }
 
-template <typename S, int kSize, typename T>
-__device__ void store_channels(T* data, const Array<S, kSize>& values, const Channels& channels) {
-#pragma unroll
-  for (int j = 0; j < kSize; ++j)
-    if (j < channels.count) data[channels.first + j] = T(values[j]);
+// From and to a vector of its own dtype, S or one of 16 bits.
+template <typename S>
+__device__ S get(const ChannelVector& vector, int64_t channel, S absent) {
+  if (!vector.data) return absent;
+  if (bytes(vector.dtype) == sizeof(S)) return static_cast<const S*>(vector.data)[channel];
+  const uint16_t bits = static_cast<const uint16_t*>(vector.data)[channel];
+  return vector.dtype == Dtype::kBFloat16 ? __uint_as_float(uint32_t{bits} << 16)
+                                          : __half2float(__ushort_as_half(bits));
 }
 
-// From a vector of its own dtype, S or one of 16 bits: one branch for all lanes.
-template <typename S, int kSize>
-__device__ void load_channels(Array<S, kSize>& values, const ChannelVector& vector,
-                              const Channels& channels, S absent) {
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) values[j] = absent;
+template <typename S>
+__device__ void set(const ChannelVector& vector, int64_t channel, S value) {
   if (!vector.data) return;
   if (bytes(vector.dtype) == sizeof(S)) {
-    load_channels(values, static_cast<const S*>(vector.data), channels);
+    static_cast<S*>(vector.data)[channel] = value;
   } else {
-    Array<uint16_t, kSize> bits = {};
-    load_channels(bits, static_cast<const uint16_t*>(vector.data), channels);
-    const bool bfloat16 = vector.dtype == Dtype::kBFloat16;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j)
-      values[j] = bfloat16 ? __uint_as_float(uint32_t{bits[j]} << 16)
-                           : __half2float(__ushort_as_half(bits[j]));
+    static_cast<uint16_t*>(vector.data)[channel] =
+        vector.dtype == Dtype::kBFloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                         : __half_as_ushort(__float2half_rn(value));
   }
 }
 
-template <typename S, int kSize>
-__device__ void store_channels(const ChannelVector& vector, const Array<S, kSize>& values,
-                               const Channels& channels) {
-  if (!vector.data) return;
-  if (bytes(vector.dtype) == sizeof(S)) {
-    store_channels(static_cast<S*>(vector.data), values, channels);
-  } else {
-    Array<uint16_t, kSize> bits;
-    const bool bfloat16 = vector.dtype == Dtype::kBFloat16;
-#pragma unroll
-    for (int j = 0; j < kSize; ++j)
-      bits[j] = bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(values[j]))
-                         : __half_as_ushort(__float2half_rn(values[j]));
-    store_channels(static_cast<uint16_t*>(vector.data), bits, channels);
-  }
+// The norms of a call, that of x first.
+template <typename Args>
+__device__ const Norm& norm_of(const Args& args, int norm) {
+  return norm == 0 ? args.norm : args.residual_norm;
 }
 
 // y = (x - mean)·scale + bias, in this form: with mean >> std, the constant of scale·x + constant
@@ -73,74 +64,86 @@ struct Affine {
   }
 };
 
-// The affine map of a thread's channels, its mean and rstd given.
-template <typename S, int kSize>
-__device__ Affine<S, kSize> affine_of(const Array<S, kSize>& mean, const Array<S, kSize>& rstd,
-                                      const ChannelVector& weight, const ChannelVector& bias,
-                                      const Channels& channels) {
-  Affine<S, kSize> affine{mean};
-  load_channels(affine.scale, weight, channels, S(1));
-  load_channels(affine.bias, bias, channels, S(0));
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) affine.scale[j] *= rstd[j];
-  return affine;
-}
+// Of all channels of a block: a thread puts in its own and takes out its lanes.
+template <typename S, bool kChannelsLast>
+struct BlockAffine {
+  BlockArray<S, kChannelsLast> mean, scale, bias;
 
-// Replaces values by their sums over the threads of a column, in an order that never changes: over
-// a warp by halves, then over the warps from first to last. All threads of the block must call it.
-template <typename S, int kSize>
-__device__ void block_sum(Array<S, kSize>& values, int columns) {
-  constexpr int kWarps = kThreads / 32;
-  __shared__ S warp_sums[kWarps][kSize * kMaxColumns];
-  __shared__ S sums[kSize * kMaxColumns];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int distance = 16; distance >= columns; distance /= 2) {
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) values[j] += __shfl_xor_sync(~0u, values[j], distance);
+  __device__ void put(const Norm& norm, int64_t channel, S mean_of_channel, S rstd) {
+    mean[threadIdx.x] = mean_of_channel;
+    scale[threadIdx.x] = get(norm.weight, channel, S(1)) * rstd;
+    bias[threadIdx.x] = get(norm.bias, channel, S(0));
   }
-  if (lane < columns) {
+  __device__ auto lanes(int columns) const {
+    constexpr int kSize = kLanes<kChannelsLast>;
+    return Affine<S, kSize>{lanes_of<kSize>(mean.values, columns),
+                            lanes_of<kSize>(scale.values, columns),
+                            lanes_of<kSize>(bias.values, columns)};
+  }
+};
+
+// The sums of values over the threads of a column, in an order that never changes: over a warp by
+// halves, then over the warps from first to last. Returns them in shared memory, a row for each
+// array in the order of the block's channels, good until the next call. All threads must call it.
+template <typename S, int kSize, int kCount>
+__device__ const S* block_sum(Array<S, kSize> (&values)[kCount], int columns) {
+  constexpr int kWarps = kThreads / 32, kSums = kCount * kSize * kMaxColumns;
+  static_assert(kSums <= kThreads, "every sum has a thread");
+  __shared__ S warp_sums[kWarps][kSums];
+  __shared__ S sums[kSums];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) warp_sums[warp][j * columns + lane] = values[j];
+  for (int k = 0; k < kCount; ++k) {
+    for (int distance = 16; distance >= columns; distance /= 2) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) values[k][j] += __shfl_xor_sync(~0u, values[k][j], distance);
+    }
+    if (lane < columns) {
+#pragma unroll
+      for (int j = 0; j < kSize; ++j)
+        warp_sums[warp][(k * columns + lane) * kSize + j] = values[k][j];
+    }
   }
   __syncthreads();
-  if (threadIdx.x < kSize * columns) {
+  if (threadIdx.x < kCount * kSize * columns) {
     S sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) sum += warp_sums[w][threadIdx.x];
     sums[threadIdx.x] = sum;
   }
   __syncthreads();
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) values[j] = sums[j * columns + threadIdx.x % columns];
+  return sums;
 }
-static_assert(2 * kOctet * kMaxColumns <= kThreads, "block_sum gives every sum a thread");
 
-// What the first stage of a pair leaves to the second: two numbers for each program and channel,
-// and of stats the elements that the programs saw of each channel of theirs.
+// What the first stage of a pair leaves to the second: up to two numbers for each program, norm and
+// channel, and of stats the elements that the programs saw of each channel of theirs.
 template <typename S>
 struct Partials {
-  S *first, *second, *counts;
+  S *numbers, *counts;
+  int programs;
 
-  Partials(void* workspace, const Tiling& tiling)
-      : first(static_cast<S*>(workspace)),
-        second(first + tiling.programs * tiling.pitch()),
-        counts(second + tiling.programs * tiling.pitch()) {}
+  Partials(void* workspace, const Tiling& tiling, int norms)
+      : numbers(static_cast<S*>(workspace)),
+        counts(numbers + 2 * norms * tiling.programs * tiling.pitch()),
+        programs(tiling.programs) {}
+
+  // Number `which` of a program, of a thread's lanes.
+  template <int kSize>
+  __device__ Array<S, kSize>& row(int which, int program, const Tiling& tiling,
+                                  const Channels& channels) const {
+    S* first = numbers + (int64_t{which} * programs + program) * tiling.pitch();
+    return *reinterpret_cast<Array<S, kSize>*>(first + channels.first);
+  }
+
+  // Calls body(program) for all programs: the threads of a column share them, up to six for each.
+  template <typename Body>
+  __device__ void for_each_program(const Tiling& tiling, const Channels& channels,
+                                   Body body) const {
+    if (channels.count == 0) return;
+#pragma unroll 1
+    for (int program = tiling.position(threadIdx.x); program < programs; program += tiling.depth())
+      body(program);
+  }
 };
-
-// The numbers of a thread's channels in row `program` of partial results.
-template <int kSize, typename S>
-__device__ Array<S, kSize>& partial_row(S* rows, const Tiling& tiling, int64_t program,
-                                        const Channels& channels) {
-  return *reinterpret_cast<Array<S, kSize>*>(rows + program * tiling.pitch() + channels.first);
-}
-
-// Calls body(program) for all programs: the threads of a column share them.
-template <typename Body>
-__device__ void for_each_program(const Tiling& tiling, const Channels& channels, Body body) {
-  if (channels.count == 0) return;
-  for (int program = threadIdx.x / tiling.columns; program < tiling.programs;
-       program += tiling.depth())
-    body(program);
-}
 
 }  // namespace fusedskip::cuda

@@ -7,76 +7,75 @@
 
 namespace fusedskip::cuda {
 
-// Bitwise forward's, from the mean and rstd that it returned.
-template <typename S, int kSize>
-__device__ Affine<S, kSize> saved_affine(const BatchNormBackward& args, const Channels& channels) {
-  Array<S, kSize> mean = {}, rstd = {};
-  load_channels(mean, static_cast<const S*>(args.mean.data), channels);
-  load_channels(rstd, static_cast<const S*>(args.rstd.data), channels);
-  return affine_of(mean, rstd, args.weight, args.bias, channels);
+// The kinds of backward: by the saved mask, or without a ReLU; by a mask computed once more from x;
+// and by the saved mask with a residual that has a norm of its own.
+enum class Kind { kSaved, kRecomputed, kDual };
+
+template <Kind kKind>
+inline constexpr int kNorms = kKind == Kind::kDual ? 2 : 1;
+
+inline Kind kind_of(const BatchNormBackward& args) {
+  if (args.residual_norm.present()) return Kind::kDual;
+  return args.relu && !args.mask ? Kind::kRecomputed : Kind::kSaved;
 }
 
-template <typename S>
+// Bitwise forward's map, from the mean and rstd that it returned. Returns rstd.
+template <typename S, bool kChannelsLast>
+__device__ S put_saved(BlockAffine<S, kChannelsLast>& affine, const Norm& norm, int64_t channel) {
+  const S mean = get(norm.mean, channel, S(0)), rstd = get(norm.rstd, channel, S(0));
+  affine.put(norm, channel, mean, rstd);
+  return rstd;
+}
+
+template <typename S, int kNorms>
 struct Gradient {
-  Array<S, kOctet> g;        // dout where forward's ReLU passed, else 0
-  Array<S, kOctet> centred;  // x - mean
+  Array<S, kOctet> g;                // dout where forward's ReLU passed, else 0
+  Array<S, kOctet> centred[kNorms];  // x - mean, and so the residual if it has a norm
 };
 
-// An octet of dout and of x, and how the gradient passes the ReLU: by the sign of the output,
-// computed once more from x, by the saved bits, or freely where there are none.
-template <typename T, int kWidth, bool kRecompute>
+// An octet of dout and of what was normalised, and how the gradient passes the ReLU.
+template <typename T, int kWidth, Kind kKind>
 struct GatedOctet {
   using S = StatisticsOf<T>;
-  Octet<T> dout, x;
+  static constexpr bool kRecompute = kKind == Kind::kRecomputed;
+  static constexpr int kNorms = cuda::kNorms<kKind>;
+  Octet<T> dout, x[kNorms];
   uint32_t bits;
 
-  __device__ void read(const BatchNormBackward& args, const Place& place, bool reads_x) {
+  __device__ void read(const BatchNormBackward& args, const Place& place, bool reads_x,
+                       bool reads_residual) {
     dout = load<kWidth>(static_cast<const T*>(args.dout), place);
-    x = {};
-    if (kRecompute || reads_x) x = load<kWidth>(static_cast<const T*>(args.x), place);
+    x[0] = {};
+    if (kRecompute || reads_x) x[0] = load<kWidth>(static_cast<const T*>(args.x), place);
+    if constexpr (kNorms == 2) {
+      x[1] = {};
+      if (reads_residual) x[1] = load<kWidth>(static_cast<const T*>(args.residual), place);
+    }
     bits = 0xff;
     if (!kRecompute && args.relu && place.elements > 0)
       bits = args.mask[mask_offset<kWidth>(place)];
   }
 
   template <int kSize>
-  __device__ Gradient<S> gradient(const Affine<S, kSize>& affine) const {
-    Gradient<S> result{widen<T>(dout), widen<T>(x)};
+  __device__ Gradient<S, kNorms> gradient(const Affine<S, kSize> (&affine)[kNorms]) const {
+    Gradient<S, kNorms> result{widen<T>(dout)};
+#pragma unroll
+    for (int k = 0; k < kNorms; ++k) result.centred[k] = widen<T>(x[k]);
     uint32_t passes = bits;
     if constexpr (kRecompute) {
       Array<S, kOctet> y;
 #pragma unroll
-      for (int i = 0; i < kOctet; ++i) y[i] = affine(result.centred[i], i);
+      for (int i = 0; i < kOctet; ++i) y[i] = affine[0](result.centred[0][i], i);
       passes = relu_passes<T>(y);
     }
     result.g = keep(result.g, passes);
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) result.centred[i] -= affine.mean[i % kSize];
+    for (int k = 0; k < kNorms; ++k) {
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) result.centred[k][i] -= affine[k].mean[i % kSize];
+    }
     return result;
   }
 };
-
-// Σg and Σg·(x - mean), of a part of a channel or of all of it.
-template <typename S, int kSize>
-struct GradientSums {
-  Array<S, kSize> g, gx;
-};
-
-// One call of block_sum for both: its barriers cost more than its additions.
-template <typename S, int kSize>
-__device__ void block_sum(GradientSums<S, kSize>& sums, int columns) {
-  Array<S, 2 * kSize> both;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    both[j] = sums.g[j];
-    both[kSize + j] = sums.gx[j];
-  }
-  block_sum(both, columns);
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) {
-    sums.g[j] = both[j];
-    sums.gx[j] = both[kSize + j];
-  }
-}
 
 }  // namespace fusedskip::cuda

@@ -9,56 +9,68 @@
 
 namespace fusedskip::cuda {
 
-template <typename S, int kSize>
-struct Moments {
-  Array<S, kSize> mean, m2;
-};
-
 // A point that can be subtracted: about an infinite one, the mean of ±Inf would be NaN.
 template <typename S>
 __device__ S finite_or_zero(S x) {
   return abs(x) < S(INFINITY) ? x : S(0);
 }
 
-// The first elements of a thread's channels.
-template <int kSize, int kWidth, typename T>
-__device__ auto load_origin(const T* x, const Tiling& tiling, const Channels& channels) {
-  const Place place{channels.first * tiling.view.n_inner, 0, channels.count};
-  const auto values = widen<T>(load<kWidth>(x, place));
-  Array<StatisticsOf<T>, kSize> origin;
-#pragma unroll
-  for (int j = 0; j < kSize; ++j) origin[j] = finite_or_zero(values[j]);
-  return origin;
+// The first element of a channel.
+template <typename S, typename T>
+__device__ S origin_of(const T* x, const Tiling& tiling, int64_t channel) {
+  return finite_or_zero(S(x[channel * tiling.view.n_inner]));
 }
 
+// Of one channel of every norm's tensor.
+template <typename S, int kNorms>
+struct Moments {
+  S mean[kNorms], m2[kNorms];
+};
+
 // Mean (relative to the origin) and M2 of whole channels from those of the programs: Chan's
-// formula, for all at once.
-template <typename S, int kSize>
-__device__ Moments<S, kSize> merge_moments(const Tiling& tiling, const Partials<S>& partials,
-                                           const Channels& channels) {
-  const S n_elements = S(tiling.view.n_outer * tiling.view.n_inner);
+// formula, for all at once. Returns those of the thread's own channel.
+template <int kSize, int kNorms, typename S>
+__device__ Moments<S, kNorms> merge_moments(const Tiling& tiling, const Partials<S>& partials,
+                                            const Channels& channels) {
+  const int columns = tiling.columns, row = kSize * columns;
+  const S per_element = 1 / S(tiling.view.n_outer * tiling.view.n_inner);
   const auto count = [&](int program) {
     return partials.counts[program * tiling.channel_blocks + blockIdx.x];
   };
-  Moments<S, kSize> whole = {};
-  for_each_program(tiling, channels, [&](int program) {
-    const auto mean = partial_row<kSize>(partials.first, tiling, program, channels);
+  Moments<S, kNorms> whole = {};
+  Array<S, kSize> mean[kNorms] = {}, m2[kNorms] = {};
+  partials.for_each_program(tiling, channels, [&](int program) {
 #pragma unroll
-    for (int j = 0; j < kSize; ++j) whole.mean[j] += count(program) * mean[j];
-  });
-  block_sum(whole.mean, tiling.columns);
+    for (int k = 0; k < kNorms; ++k) {
+      const auto part = partials.template row<kSize>(2 * k, program, tiling, channels);
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) whole.mean[j] *= 1 / n_elements;
-  for_each_program(tiling, channels, [&](int program) {
-    const auto mean = partial_row<kSize>(partials.first, tiling, program, channels);
-    const auto m2 = partial_row<kSize>(partials.second, tiling, program, channels);
-#pragma unroll
-    for (int j = 0; j < kSize; ++j) {
-      const S deviation = mean[j] - whole.mean[j];
-      whole.m2[j] += m2[j] + count(program) * deviation * deviation;
+      for (int j = 0; j < kSize; ++j) mean[k][j] += count(program) * part[j];
     }
   });
-  block_sum(whole.m2, tiling.columns);
+  const S* sums = block_sum(mean, columns);
+#pragma unroll
+  for (int k = 0; k < kNorms; ++k) {
+    mean[k] = lanes_of<kSize>(sums + k * row, columns);
+#pragma unroll
+    for (int j = 0; j < kSize; ++j) mean[k][j] *= per_element;
+    if (threadIdx.x < row) whole.mean[k] = sums[k * row + threadIdx.x] * per_element;
+  }
+  partials.for_each_program(tiling, channels, [&](int program) {
+#pragma unroll
+    for (int k = 0; k < kNorms; ++k) {
+      const auto part_mean = partials.template row<kSize>(2 * k, program, tiling, channels);
+      const auto part_m2 = partials.template row<kSize>(2 * k + 1, program, tiling, channels);
+#pragma unroll
+      for (int j = 0; j < kSize; ++j) {
+        const S deviation = part_mean[j] - mean[k][j];
+        m2[k][j] += part_m2[j] + count(program) * deviation * deviation;
+      }
+    }
+  });
+  sums = block_sum(m2, columns);
+#pragma unroll
+  for (int k = 0; k < kNorms; ++k)
+    if (threadIdx.x < row) whole.m2[k] = sums[k * row + threadIdx.x];
   return whole;
 }
 

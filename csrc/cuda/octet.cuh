@@ -16,17 +16,22 @@ namespace fusedskip::cuda {
 template <typename T>
 using StatisticsOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+// Blocks that an SM is to hold at once.
+template <bool kChannelsLast, int kNorms>
+inline constexpr int kBlocksAtOnce = kChannelsLast && kNorms == 2 ? kDualBlocksPerSM : kBlocksPerSM;
+
 // What is not meant to be fast takes the registers it needs: fp64, which is there for gradcheck,
 // and channels-last rows that are not whole octets, with the predicates of their narrow accesses.
-template <typename T, bool kChannelsLast, int kWidth>
-inline constexpr int kResidentBlocks = sizeof(T) == sizeof(double)        ? 1
-                                       : kChannelsLast && kWidth < kOctet ? 2
-                                                                          : kBlocksPerSM;
+template <typename T, bool kChannelsLast, int kWidth, int kNorms = 1>
+inline constexpr int kResidentBlocks =
+    sizeof(T) == sizeof(double)
+        ? 1
+        : kBlocksAtOnce<kChannelsLast, kNorms> - (kChannelsLast && kWidth < kOctet);
 
-// Octets that a thread has in flight of each of kTensors tensors that it reads: 64 bytes in all, 48
-// KB an SM.
-template <typename T, int kTensors>
-inline constexpr int kInFlight = std::max<int>(1, 8 / sizeof(T) / kTensors);
+// Octets that a thread has in flight of each of kTensors tensors that it reads: 48 KB an SM in all,
+// 64 bytes a thread of three blocks.
+template <typename T, int kTensors, int kBlocks = kBlocksPerSM>
+inline constexpr int kInFlight = std::max<int>(1, 24 / kBlocks / sizeof(T) / kTensors);
 
 template <typename S, int kSize>
 struct alignas(kSize * sizeof(S) < 16 ? sizeof(S) : 16) Array {
@@ -177,5 +182,9 @@ __device__ inline uint8_t padded(uint32_t bits, const Place& place) {
 
 __device__ inline float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 __device__ inline double fma_rn(double a, double b, double c) { return __fma_rn(a, b, c); }
+
+// Of 1 it is 1, which rsqrt does not promise: without a norm, x is to stay what it is.
+__device__ inline float rsqrt_rn(float x) { return __frsqrt_rn(x); }
+__device__ inline double rsqrt_rn(double x) { return 1 / sqrt(x); }
 
 }  // namespace fusedskip::cuda

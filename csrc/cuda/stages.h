@@ -9,9 +9,15 @@
 
 namespace fusedskip::cuda {
 
-cudaError_t stats(const BatchNormForward&, const Tiling&, void* workspace, cudaStream_t);
-cudaError_t apply(const BatchNormForward&, const Tiling&, void* workspace, cudaStream_t);
-cudaError_t bwd_reduce(const BatchNormBackward&, const Tiling&, void* workspace, cudaStream_t);
-cudaError_t bwd_apply(const BatchNormBackward&, const Tiling&, void* workspace, cudaStream_t);
+// The residual may have a norm of its own.
+template <typename Args>
+constexpr int norm_count(const Args& args) {
+  return args.residual_norm.present() ? 2 : 1;
+}
+
+cudaError_t stats(const BatchNormForward&, void* workspace, cudaStream_t);
+cudaError_t apply(const BatchNormForward&, void* workspace, cudaStream_t);
+cudaError_t bwd_reduce(const BatchNormBackward&, void* workspace, cudaStream_t);
+cudaError_t bwd_apply(const BatchNormBackward&, void* workspace, cudaStream_t);
 
 }  // namespace fusedskip::cuda

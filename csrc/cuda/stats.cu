@@ -1,4 +1,5 @@
-// stats: x → mean and M2 of every program's part of each channel. Reads x: N.
+// stats: x → mean and M2 of every program's part of each channel, and of the residual where it has
+// a norm too. Reads x: N, or both: 2N.
 //
 // A thread holds pivot, Σ(x - pivot) and Σ(x - pivot)² of its channels. The pivot is its own first
 // element: being one of them it is no further from their mean than sqrt(M2), so that taking
@@ -14,23 +15,32 @@ namespace {
 
 template <typename T, bool kChannelsLast, int kWidth, typename S = StatisticsOf<T>>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth>)
-    batch_norm_stats_kernel(const __grid_constant__ Tiling tiling, const T* x,
+    batch_norm_stats_kernel(const __grid_constant__ Tiling tiling, const T* x, const T* residual,
                             const __grid_constant__ Partials<S> partials) {
   constexpr int kSize = kLanes<kChannelsLast>;
   constexpr int kUnroll = kInFlight<T, 1>;
+  const int norm = blockIdx.z;
+  // Chosen once: left to itself, nvcc 13.0 chooses again at every load.
+  const T* tensor = norm == 0 ? x : residual;
+  asm("" : "+l"(tensor));
+  __builtin_assume(__isGlobal(tensor));
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
-  const auto origin = load_origin<kSize, kWidth>(x, tiling, channels);
+  Array<S, kSize> origin = {};
+#pragma unroll
+  for (int j = 0; j < kSize; ++j)
+    if (j < channels.count) origin[j] = origin_of<S>(tensor, tiling, channels.first + j);
 
   Array<S, kSize> pivot = {}, sum = {}, squares = {};
   int count = 0;
-  Walk<kChannelsLast> walk(tiling, blockIdx.x, blockIdx.y, threadIdx.x, /*backwards=*/false);
+  Walk<kChannelsLast, kWidth> walk(tiling, blockIdx.x, blockIdx.y, threadIdx.x,
+                                   /*backwards=*/false);
   while (!walk.done()) {
     Place places[kUnroll];
     Octet<T> octets[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
-      octets[u] = load<kWidth>(x, places[u]);
+      octets[u] = load<kWidth>(tensor, places[u]);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -51,41 +61,44 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
 
   // With the count of the block, which all its channels share, as one more number to add up.
   const S n = S(count), per_element = count > 0 ? 1 / n : S(0);
-  Array<S, kSize + 1> totals;
+  Array<S, kSize + 1> parts[1];
 #pragma unroll
-  for (int j = 0; j < kSize; ++j) totals[j] = fma_rn(n, pivot[j] - origin[j], sum[j]);
-  totals[kSize] = n;
-  block_sum(totals, tiling.columns);
+  for (int j = 0; j < kSize; ++j) parts[0][j] = fma_rn(n, pivot[j] - origin[j], sum[j]);
+  parts[0][kSize] = n;
+  const auto totals = lanes_of<kSize + 1>(block_sum(parts, tiling.columns), tiling.columns);
   const S per_element_of_block = 1 / totals[kSize];
-  Moments<S, kSize> block;
+  Array<S, kSize> mean, m2[1];
 #pragma unroll
   for (int j = 0; j < kSize; ++j) {
-    block.mean[j] = totals[j] * per_element_of_block;
+    mean[j] = totals[j] * per_element_of_block;
     const S from_pivot = sum[j] * per_element;
-    const S m2 = squares[j] - sum[j] * from_pivot;
-    const S deviation = pivot[j] - origin[j] + from_pivot - block.mean[j];
-    block.m2[j] = (m2 < 0 ? S(0) : m2) + n * deviation * deviation;
+    const S about_own_mean = squares[j] - sum[j] * from_pivot;
+    const S deviation = pivot[j] - origin[j] + from_pivot - mean[j];
+    m2[0][j] = (about_own_mean < 0 ? S(0) : about_own_mean) + n * deviation * deviation;
   }
-  block_sum(block.m2, tiling.columns);
+  const auto m2_of_block = lanes_of<kSize>(block_sum(m2, tiling.columns), tiling.columns);
 
   if (threadIdx.x >= tiling.columns || channels.count == 0) return;
-  partial_row<kSize>(partials.first, tiling, blockIdx.y, channels) = block.mean;
-  partial_row<kSize>(partials.second, tiling, blockIdx.y, channels) = block.m2;
-  if (threadIdx.x == 0)
+  partials.template row<kSize>(2 * norm, blockIdx.y, tiling, channels) = mean;
+  partials.template row<kSize>(2 * norm + 1, blockIdx.y, tiling, channels) = m2_of_block;
+  if (threadIdx.x == 0 && norm == 0)
     partials.counts[blockIdx.y * tiling.channel_blocks + blockIdx.x] = totals[kSize];
 }
 
 }  // namespace
 
-cudaError_t stats(const BatchNormForward& args, const Tiling& tiling, void* workspace,
-                  cudaStream_t stream) {
-  const int width = vector_width(args.view.row_length(), args.dtype, addresses(args.x));
+cudaError_t stats(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
+  const int norms = norm_count(args);
+  const void* residual = norms == 2 ? args.residual : nullptr;
+  const Tiling tiling = stats_tiling(args.view, norms);
+  const int width = vector_width(args.view.row_length(), args.dtype, addresses(args.x, residual));
   return dispatch(args.dtype, tiling.channels_last, width, [&](auto instance) {
     using I = decltype(instance);
     using T = typename I::T;
-    const dim3 grid(tiling.channel_blocks, tiling.programs);
+    const dim3 grid(tiling.channel_blocks, tiling.programs, norms);
     batch_norm_stats_kernel<T, I::kChannelsLast, I::kWidth><<<grid, kThreads, 0, stream>>>(
-        tiling, static_cast<const T*>(args.x), Partials<StatisticsOf<T>>(workspace, tiling));
+        tiling, static_cast<const T*>(args.x), static_cast<const T*>(residual),
+        Partials<StatisticsOf<T>>(workspace, tiling, norms));
     return cudaGetLastError();
   });
 }
