@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "functional": {"backends", "reference", "ops"},
     "modules": {"functional"},
     "tails": {"functional", "modules"},
-    "blocks": {"blocks", "functional", "tails"},
+    "blocks": {"functional", "modules", "tails", "blocks"},
+    "surgery": {"modules", "tails", "surgery"},
 }
 
 

@@ -1,9 +1,15 @@
 """Without a GPU: kernels compile for sm_80, sm_90, sm_100, do not spill, and access 16 bytes.
 
-Run as a program with a compute capability and a dtype, this file calls the ops on CPU tensors under
+Every job has the variants that need most registers: training, with all that forward saves and
+backward returns, channels-last, with whole vectors and with accesses of single elements. On sm_90
+bf16 and fp32 have these channels-first as well, and bf16 has all else: every other combination of
+flags that the functional layer asks for, parameters in 16 bits, and positions of 64 bits.
+
+Run as a program with a compute capability and dtypes, this file calls the ops on CPU tensors under
 a driver that only compiles: signatures, alignment and launch parameters are those that Triton and
 the launchers derive themselves. It is a process of its own because TRITON_INTERPRET, which the
-other tests set, is read when Triton is imported.
+other tests set, is read when Triton is imported. One test makes all assertions about a job, so that
+whichever worker has it, nothing is compiled twice.
 """
 
 import itertools
@@ -13,7 +19,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,66 +26,58 @@ import torch
 
 from fusedskip import ops
 
-JOBS = list(itertools.product((80, 90, 100), ("float64", "float32", "bfloat16", "float16")))
-
-# With whole vectors and many splits, and with neither; each in both layouts.
-SHAPES = [(32, 64, 56, 56), (8, 67, 7, 7)]
+JOBS = [
+    (90, "bfloat16"),
+    (90, "float32"),
+    (90, "float16 float64"),
+    (80, "bfloat16 float32"),
+    (100, "bfloat16 float32"),
+]
+# The widest tiles there are: 64 channels, or 32 with two norms, and MAX_SPLITS partials of each.
+WHOLE_VECTORS, SCALARS = (32, 256, 28, 28), (32, 131, 15, 15)
+NO_NORM = (None,) * 4
+FLOATS = ("fp16", "bf16", "fp32", "fp64")
 STAGES = {f"batch_norm_{stage}_kernel" for stage in ("stats", "apply", "bwd_reduce", "bwd_apply")}
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """One dict for each binary."""
+@pytest.mark.parametrize(("capability", "dtypes"), JOBS)
+def test_compiled(capability, dtypes, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # Line numbers cost a tenth of the time.
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_DISABLE_LINE_INFO": "1"}
+    result = subprocess.run(
+        [sys.executable, __file__, str(capability), dtypes],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    binaries = json.loads(result.stdout)
 
-    def run(job):
-        capability, dtype = job
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(
-            tmp_path_factory.getbasetemp() / f"{capability}{dtype}"
-        )
-        result = subprocess.run(
-            [sys.executable, __file__, str(capability), dtype],
-            env=environment, capture_output=True, text=True,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr[-4000:]
-        return json.loads(result.stdout)
-
-    with ThreadPoolExecutor(2) as pool:
-        return [binary for job in pool.map(run, JOBS) for binary in job]
-
-
-def test_every_stage_compiles_for_every_architecture(compiled):
-    for job in JOBS:
-        assert {b["kernel"] for b in compiled if (b["capability"], b["dtype"]) == job} == STAGES
-
-
-def test_nothing_spills(compiled):
-    assert [binary for binary in compiled if binary["stack"] or binary["local"]] == []
-
-
-def test_contiguous_accesses_are_16_bytes_wide(compiled):
-    vectorised = [b for b in compiled if b["whole_vectors"] and b["dtype"] != "float64"]
+    vectorised = [binary for binary in binaries if binary["whole_vectors"]]
     assert {binary["kernel"] for binary in vectorised} == STAGES
+    for binary in binaries:
+        assert (binary["stack"], binary["local"]) == (0, 0), binary  # nothing spills
+        assert set(binary["floats"]) <= {"fp64"}, binary  # eps has the precision of Python
     for binary in vectorised:
-        assert binary["loads_128"] >= binary["loads_expected"] > 0, binary
-        assert binary["stores_128"] >= binary["stores_expected"], binary
-        # Channels-first, load_origin reads the one first element of its channel. Parameters in 16
-        # bits are read and written element by element, once a program.
-        if binary["arguments"].get("weight_ptr") in (None, "torch.float32"):
-            assert binary["accesses_16"] <= 1, binary
+        if binary["dtype"] != "float64":
+            check_accesses(binary)
+    if (capability, dtypes) == JOBS[0]:
+        long = {(b["kernel"], b["channels_last"]) for b in binaries if b["index_bits"] == 64}
+        assert long == set(itertools.product(STAGES, (True, False)))
 
 
-def test_positions_have_64_bits_where_32_do_not_count_them(compiled):
-    long = {(b["kernel"], b["channels_last"]) for b in compiled if b["index_bits"] == 64}
-    assert long == set(itertools.product(STAGES, (True, False)))
+def check_accesses(binary):
+    """Contiguous accesses are 16 bytes wide."""
+    assert binary["loads_128"] >= binary["loads_expected"] > 0, binary
+    assert binary["stores_128"] >= binary["stores_expected"], binary
+    # Channels-first, load_origin reads the one first element of its channel. Parameters in 16 bits
+    # are read and written element by element, once a program.
+    if binary["arguments"].get("weight_ptr") in (None, "torch.float32"):
+        origins = 2 if binary["arguments"].get("residual_mean_ptr") else 1
+        assert binary["accesses_16"] <= origins, binary
 
 
-def test_eps_keeps_the_precision_of_python(compiled):
-    assert {binary["eps"] for binary in compiled} == {None, "fp64"}
-
-
-def compile_all(capability, dtype):
-    """The properties of all binaries for one architecture and dtype."""
+def compile_all(capability, dtypes):
+    """The properties of all binaries for one architecture and some dtypes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver
@@ -105,9 +102,8 @@ def compile_all(capability, dtype):
         )
         if binary.hash not in binaries:
             binaries[binary.hash] = {
-                "capability": capability,
                 "dtype": str(dtype).removeprefix("torch."),
-                "eps": binary.src.signature.get("eps"),
+                "floats": [ty for ty in binary.src.signature.values() if ty in FLOATS],
                 "arguments": describe(arguments.arguments),
                 "index_bits": arguments.arguments["INDEX_DTYPE"].primitive_bitwidth,
                 "channels_last": arguments.arguments["CHANNELS_LAST"],
@@ -118,60 +114,96 @@ def compile_all(capability, dtype):
         return binary
 
     JITFunction.run = compile_instead
-    dtype = getattr(torch, dtype)
-    for shape, channels_last in itertools.product(SHAPES, (True, False)):
-        call_every_variant(shape, channels_last, dtype, ops.statistics_dtype(dtype))
-    if dtype.itemsize == 2:
-        call_every_variant(SHAPES[0], True, dtype, parameter_dtype=dtype)
-        call_with_64_bit_positions(dtype)
+    for dtype in (getattr(torch, name) for name in dtypes.split()):
+        call_widest(*make_problem(WHOLE_VECTORS, True, dtype))
+        call_widest(*make_problem(SCALARS, True, dtype))
+        if (capability, dtypes) in JOBS[:2]:
+            call_widest(*make_problem(WHOLE_VECTORS, False, dtype))
+        if (capability, dtypes) == JOBS[0]:
+            for channels_last in (True, False):
+                call_the_rest(*make_problem(WHOLE_VECTORS, channels_last, dtype))
+            call_widest(*make_problem(WHOLE_VECTORS, True, dtype, dtype))
+            call_with_64_bit_positions(dtype)
     return list(binaries.values())
 
 
-def call_every_variant(shape, channels_last, dtype, parameter_dtype):
-    """Every combination of flags that the functional layer asks for."""
-    from fusedskip.triton_kernels import (
-        add_relu,
-        add_relu_backward,
-        batch_norm,
-        batch_norm_backward,
-    )
-
+def make_problem(shape, channels_last, dtype, parameter_dtype=None):
+    """An activation, (weight, bias, running mean and variance), and a mean or rstd."""
     x = torch.empty(shape, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    buffers = [torch.empty(shape[1], dtype=parameter_dtype) for _ in range(4)]
-    weight, bias, *_ = buffers
-    mean = rstd = torch.empty(shape[1], dtype=ops.statistics_dtype(dtype))
+    statistics = torch.empty(2, shape[1], dtype=ops.statistics_dtype(dtype))
+    norm = [torch.empty(shape[1], dtype=parameter_dtype or statistics.dtype) for _ in range(4)]
+    return x, norm, statistics
 
-    for save_mask in (True, False):
-        out, bits = add_relu(x, x, save_mask)
-        if save_mask:
-            add_relu_backward(out, bits)
+
+def call_widest(x, norm, statistics, training=True):
+    """BN+ReLU, BN+add+ReLU, and the ReLU of two norms: all that they can save and return."""
+    from fusedskip.triton_kernels import ops as kernels
+
+    weight, bias, *_ = norm
+    mean = rstd = statistics
+    numbers = training, 0.1, 1e-5
+    kernels.batch_norm(x, None, *norm, *numbers, True, False)
+    kernels.batch_norm_backward(
+        x, x, None, weight, bias, mean, rstd, training, True, True, False, True
+    )
+    _, mask, *_ = kernels.batch_norm(x, x, *norm, *numbers, True, True)
+    kernels.batch_norm_backward(
+        x, x, mask, weight, bias, mean, rstd, training, True, True, True, True
+    )
+    kernels.dual_batch_norm(x, x, *norm, *norm, *numbers, 0.1, 1e-5, True)
+    kernels.dual_batch_norm_backward(
+        x, x, x, mask, weight, bias, weight, bias, mean, rstd, training, True, True, True
+    )
+
+
+def call_the_rest(x, norm, statistics):
+    """Every other combination of flags that the functional layer asks for."""
+    from fusedskip.triton_kernels import ops as kernels
+
+    weight, bias, *_ = norm
+    mean = rstd = statistics
+    call_widest(x, norm, statistics, training=False)
+    wider = torch.cat([x, x], 1)[:, : x.shape[1]]
     for training in (True, False):
-        for residual, relu, save_mask in [
-            (None, True, False),
-            (x, False, False),
-            (x, True, False),
-            (x, True, True),
-        ]:
-            _, mask, *_ = batch_norm(x, residual, *buffers, training, 0.1, 1e-5, relu, save_mask)
-        for bits, relu in [(mask, True), (None, True), (None, False)]:
-            needs = True, bits is not None, True
-            batch_norm_backward(x, x, bits, weight, bias, mean, rstd, training, relu, *needs)
+        numbers = training, 0.1, 1e-5
+        for relu in (True, False):
+            kernels.batch_norm(x, x, *norm, *numbers, relu, False)
+        kernels.batch_norm_backward(
+            x, x, None, weight, bias, mean, rstd, training, False, True, False, True
+        )
+        kernels.batch_norm_relu_into(x, *norm, wider, *numbers)
+        kernels.dual_batch_norm(x, x, *norm, *norm, *numbers, 0.1, 1e-5, False)
+
+    _, mask, *_ = kernels.batch_norm(x, x, *norm, True, 0.1, 1e-5, True, True)
     for needs in [(False, True, False), (False, False, True)]:
-        batch_norm_backward(x, x, mask, weight, bias, mean, rstd, True, True, *needs)
-    batch_norm(x, None, None, None, None, None, True, 0.1, 1e-5, True, False)
-    batch_norm_backward(x, x, None, None, None, mean, rstd, True, True, True, False, False)
+        kernels.batch_norm_backward(x, x, mask, weight, bias, mean, rstd, True, True, *needs)
+    for needs in [(True, False, False), (False, True, False), (False, False, True)]:
+        kernels.dual_batch_norm_backward(
+            x, x, x, mask, weight, bias, weight, bias, mean, rstd, True, *needs
+        )
+    kernels.batch_norm(x, None, *NO_NORM, True, 0.1, 1e-5, True, False)
+    kernels.batch_norm_backward(x, x, None, None, None, mean, rstd, True, True, True, False, False)
+
+    for relu_first, save_mask in itertools.product((True, False), repeat=2):
+        out, mask = kernels.add_relu(x, x, relu_first, save_mask)
+        if save_mask:
+            kernels.add_relu_backward(out, mask)
 
 
 def call_with_64_bit_positions(dtype):
     """All stages in both layouts on 2**31 elements, of which none is ever touched."""
-    from fusedskip.triton_kernels import batch_norm, batch_norm_backward
+    from fusedskip.triton_kernels import ops as kernels
 
     for shape in ((2**31, 1), (2**25, 1, 8, 8)):
         x = torch.empty(shape, dtype=dtype)
-        _, mask, mean, rstd = batch_norm(x, x, None, None, None, None, True, 0.1, 1e-5, True, True)
-        batch_norm_backward(x, x, mask, None, None, mean, rstd, True, True, True, True, False)
+        _, mask, mean, rstd = kernels.dual_batch_norm(
+            x, x, *NO_NORM, *NO_NORM, True, 0.1, 1e-5, 0.1, 1e-5, True
+        )
+        kernels.dual_batch_norm_backward(
+            x, x, x, mask, *NO_NORM, mean, rstd, True, True, True, False
+        )
 
 
 def describe(arguments):
@@ -191,13 +223,16 @@ def expected_accesses(kernel, arguments):
     elif kernel == "batch_norm_apply_kernel":
         reads, writes = 1 + (a["residual_ptr"] is not None), 1
     elif kernel == "batch_norm_bwd_reduce_kernel":
-        reads, writes = 2, 0
+        reads, writes = 2 + (a["residual_ptr"] is not None), 0
     else:
         writes = (a["dx_ptr"] is not None) + (a["dresidual_ptr"] is not None)
         reads_x = (a["TRAINING"] and a["dx_ptr"] is not None) or (
             a["RELU"] and a["mask_ptr"] is None
         )
-        reads = 1 + reads_x if writes else 0
+        reads_residual = (
+            a["TRAINING"] and a["residual_ptr"] is not None and a["dresidual_ptr"] is not None
+        )
+        reads = 1 + reads_x + reads_residual if writes else 0
     vector = 16 // tensor.element_size()
     return {
         "kernel": kernel,

@@ -1,5 +1,6 @@
-"""The four Triton ops by themselves, against fp64 torch: layouts, mask bytes, launch parameters."""
+"""The Triton ops by themselves, against fp64 torch: layouts, mask bytes, launch parameters."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -23,6 +24,8 @@ SHAPES = [
     (2, 13, 2, 3, 2),
     (9, 130),
 ]
+# Fewer channels: every one more is a program more, of two tensors.
+DUAL_SHAPES = [(2, 3), (1, 3), (4, 8, 1, 1), (3, 3, 5, 5), (9, 21)]
 LAYOUTS = ["channels_first", "channels_last"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS, MOMENTUM = 1e-5, 0.3
@@ -47,7 +50,7 @@ def poison(monkeypatch):
 def tiles(request, monkeypatch):
     """Launch parameters as chosen, or such that a small tensor has blocks, splits and tails."""
 
-    def tiny(view, itemsize):
+    def tiny(view, itemsize, n_norms=1):
         chosen = launch.plan(view, itemsize)
         block_channels = min(chosen.block_channels, 8 if view.n_outer > 1 else 1024)
         n_positions = view.n_outer * view.n_inner
@@ -110,18 +113,29 @@ def channels(values, x):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(), (3,), (2, 5, 3, 3), (3, 67, 5, 5)])
-def test_add_relu(shape, layout, dtype, tiles):
+@pytest.mark.parametrize(
+    ("shape", "relu_first"),
+    [
+        ((), False),
+        ((3,), True),
+        ((2, 5, 3, 3), False),
+        ((2, 5, 3, 3), True),
+        ((3, 67, 5, 5), False),
+    ],
+)
+def test_add_relu(shape, layout, dtype, relu_first, tiles):
     layout = layout if len(shape) > 2 else "channels_first"
     x, residual, dout = (make(shape, dtype, layout) for _ in range(3))
-    out, mask = triton_kernels.add_relu(x, residual, True)
+    gate = (x if relu_first else x + residual) > 0
+    expected = torch.where(gate, x, 0) + residual if relu_first else (x + residual).relu()
+    out, mask = triton_kernels.add_relu(x, residual, relu_first, True)
     assert out.stride() == x.stride()
-    torch.testing.assert_close(out, (x + residual).relu(), rtol=0, atol=0)
-    in_memory = out.movedim(1, -1) if layout == "channels_last" else out
-    assert torch.equal(mask, packed(in_memory.reshape(1, -1) > 0, launch.View.flat(x)))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    in_memory = gate.movedim(1, -1) if layout == "channels_last" else gate
+    assert torch.equal(mask, packed(in_memory.reshape(1, -1), launch.View.flat(x)))
     dx = triton_kernels.add_relu_backward(dout, mask)
-    torch.testing.assert_close(dx, torch.where(out > 0, dout, 0), rtol=0, atol=0)
-    again, no_mask = triton_kernels.add_relu(x, residual, False)
+    torch.testing.assert_close(dx, torch.where(gate, dout, 0), rtol=0, atol=0)
+    again, no_mask = triton_kernels.add_relu(x, residual, relu_first, False)
     assert torch.equal(again, out)
     assert no_mask.shape == (0,)
 
@@ -142,46 +156,98 @@ def test_batch_norm(shape, layout, training, tiles):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_batch_norm_dtypes(layout, dtype, parameter_dtype, tiles):
     check_batch_norm((3, 11, 5, 5), layout, dtype, parameter_dtype, True)
+    check_dual_batch_norm((3, 3, 5, 5), layout, dtype, parameter_dtype, True)
 
 
 def check_batch_norm(shape, layout, dtype, parameter_dtype, training):
     """relu(bn(x) + residual): forward, mask, statistics, and all gradients."""
     x, residual, dout = (make(shape, dtype, layout) for _ in range(3))
-    weight, bias, running_mean, running_var = parameters(shape[1], parameter_dtype)
-    old_mean, old_var = running_mean.double().clone(), running_var.double().clone()
+    norm = parameters(shape[1], parameter_dtype)
+    truth = TrueNorm(x, *norm, training, MOMENTUM, EPS)
     out, mask, mean, rstd = triton_kernels.batch_norm(
-        x, residual, weight, bias, running_mean, running_var, training, MOMENTUM, EPS, True, True
+        x, residual, *norm, training, MOMENTUM, EPS, True, True
     )
-
-    rows = per_channel(x)
-    true_mean, true_var = old_mean, old_var
-    if training:
-        true_mean, true_var = rows.mean(0), rows.var(0, correction=0)
-        assert_rounded(running_mean, (1 - MOMENTUM) * old_mean + MOMENTUM * true_mean)
-        assert_rounded(running_var, (1 - MOMENTUM) * old_var + MOMENTUM * rows.var(0))
-    true_rstd = (true_var + EPS).rsqrt()
-    assert mean.dtype == rstd.dtype == launch.statistics_dtype(x)
-    assert_rounded(mean, true_mean)
-    assert_rounded(rstd, true_rstd)
-    x_hat = (x.double() - channels(true_mean, x)) * channels(true_rstd, x)
-    pre = x_hat * channels(weight, x) + channels(bias, x) + residual.double()
+    truth.check_statistics(mean, rstd, *norm[2:])
     assert out.stride() == x.stride()
-    assert_rounded(out, pre.relu())
+    assert_rounded(out, (truth.out + residual.double()).relu())
     assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
 
-    dx, dresidual, dweight, dbias = triton_kernels.batch_norm_backward(
+    weight, bias, *_ = norm
+    dx, dresidual, *dparams = triton_kernels.batch_norm_backward(
         dout, x, mask, weight, bias, mean, rstd, training, True, True, True, True
     )
     g = torch.where(out > 0, dout, 0)
     assert torch.equal(dresidual, g)
-    sum_g, sum_gx = per_channel(g).sum(0), (per_channel(g) * per_channel(x_hat)).sum(0)
-    assert_rounded(dbias, sum_g)
-    assert_rounded(dweight, sum_gx)
-    inner = g.double()
-    if training:
-        inner -= (channels(sum_g, x) + x_hat * channels(sum_gx, x)) / len(rows)
-    assert dx.stride() == x.stride()
-    assert_rounded(dx, channels(weight, x) * channels(true_rstd, x) * inner)
+    truth.check_gradients(g, dx, *dparams)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", DUAL_SHAPES)
+def test_dual_batch_norm(shape, layout, training, tiles):
+    if training and shape == (1, 3):
+        return  # one value per channel
+    check_dual_batch_norm(shape, layout, torch.float64, torch.float64, training)
+
+
+def check_dual_batch_norm(shape, layout, dtype, parameter_dtype, training):
+    """relu(bn(x) + bn'(residual)), no number of one norm being that of the other."""
+    x, dout = (make(shape, dtype, layout) for _ in range(2))
+    residual = make(shape, dtype, layout, shift=3.0)
+    norm, residual_norm = (parameters(shape[1], parameter_dtype) for _ in range(2))
+    truth = TrueNorm(x, *norm, training, MOMENTUM, EPS)
+    residual_truth = TrueNorm(residual, *residual_norm, training, 0.6, 1e-2)
+    out, mask, mean, rstd = triton_kernels.dual_batch_norm(
+        x, residual, *norm, *residual_norm, training, MOMENTUM, EPS, 0.6, 1e-2, True
+    )
+    truth.check_statistics(mean[0], rstd[0], *norm[2:])
+    residual_truth.check_statistics(mean[1], rstd[1], *residual_norm[2:])
+    assert out.stride() == x.stride()
+    assert_rounded(out, (truth.out + residual_truth.out).relu())
+    assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
+
+    dx, dresidual, dweight, dbias, *residual_dparams = triton_kernels.dual_batch_norm_backward(
+        dout, x, residual, mask, *norm[:2], *residual_norm[:2], mean, rstd, training,
+        True, True, True,
+    )  # fmt: skip
+    g = torch.where(out > 0, dout, 0)
+    truth.check_gradients(g, dx, dweight, dbias)
+    residual_truth.check_gradients(g, dresidual, *residual_dparams)
+
+
+class TrueNorm:
+    """A batch norm in fp64, computed before the op updates the running statistics."""
+
+    def __init__(self, x, weight, bias, running_mean, running_var, training, momentum, eps):
+        rows = per_channel(x)
+        self.x, self.weight, self.training = x, channels(weight, x), training
+        self.mean, var = running_mean.double().clone(), running_var.double().clone()
+        self.running_mean, self.running_var = self.mean, var
+        if training:
+            self.running_mean = (1 - momentum) * self.mean + momentum * rows.mean(0)
+            self.running_var = (1 - momentum) * var + momentum * rows.var(0)
+            self.mean, var = rows.mean(0), rows.var(0, correction=0)
+        self.rstd = (var + eps).rsqrt()
+        self.x_hat = (x.double() - channels(self.mean, x)) * channels(self.rstd, x)
+        self.out = self.x_hat * self.weight + channels(bias, x)
+
+    def check_statistics(self, mean, rstd, running_mean, running_var):
+        assert mean.dtype == rstd.dtype == launch.statistics_dtype(self.x)
+        assert_rounded(mean, self.mean)
+        assert_rounded(rstd, self.rstd)
+        assert_rounded(running_mean, self.running_mean)
+        assert_rounded(running_var, self.running_var)
+
+    def check_gradients(self, g, dx, dweight, dbias):
+        rows = per_channel(g)
+        sum_g, sum_gx = rows.sum(0), (rows * per_channel(self.x_hat)).sum(0)
+        assert_rounded(dbias, sum_g)
+        assert_rounded(dweight, sum_gx)
+        inner = g.double()
+        if self.training:
+            inner = inner - (channels(sum_g, g) + self.x_hat * channels(sum_gx, g)) / len(rows)
+        assert dx.stride() == self.x.stride()
+        assert_rounded(dx, self.weight * channels(self.rstd, g) * inner)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -233,6 +299,86 @@ def test_only_what_is_needed(layout):
         torch.testing.assert_close(dx * channels(weight, x).float(), everything[0])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_what_is_needed_of_two_norms(layout):
+    x, residual, dout = (make((2, 2, 3, 5), torch.float32, layout) for _ in range(3))
+    weight, bias, residual_weight, residual_bias = parameters(2, torch.float32)
+    no_buffers = None, None
+    _, mask, mean, rstd = triton_kernels.dual_batch_norm(
+        x, residual, weight, bias, *no_buffers, residual_weight, residual_bias, *no_buffers,
+        True, 0.1, EPS, 0.1, EPS, True,
+    )  # fmt: skip
+    for training in (True, False):
+
+        def backward(parameters, *needs, training=training):
+            return triton_kernels.dual_batch_norm_backward(
+                dout, x, residual, mask, *parameters, mean, rstd, training, *needs
+            )
+
+        given = weight, bias, residual_weight, residual_bias
+        everything = backward(given, True, True, True)
+        for needs in itertools.product((True, False), repeat=3):
+            for part, whole, needed in zip(
+                backward(given, *needs), everything, (*needs, *[needs[2]] * 3), strict=True
+            ):
+                assert torch.equal(part, whole) if needed else part.shape == (0,)
+        # The gradient of bias needs no weight, and either norm may be without both.
+        _, _, *dparams = backward((None, bias, residual_weight, None), False, False, True)
+        for part, whole, needed in zip(
+            dparams, everything[2:], (False, True, True, False), strict=True
+        ):
+            assert torch.equal(part, whole) if needed else part.shape == (0,)
+        dx, dresidual, *dparams = backward((None,) * 4, True, True, True)
+        assert all(gradient.shape == (0,) for gradient in dparams)
+        torch.testing.assert_close(dx * channels(weight, x).float(), everything[0])
+        unscaled = dresidual * channels(residual_weight, x).float()
+        torch.testing.assert_close(unscaled, everything[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_without_running_statistics(layout):
+    x, residual = (make((2, 9, 3, 5), torch.float32, layout) for _ in range(2))
+    _, bias, _, residual_bias = parameters(9, torch.float32)
+    shifted = x + channels(bias, x).float()
+    out, mask, mean, rstd = triton_kernels.batch_norm(
+        x, residual, None, bias, None, None, False, 0.0, 0.0, True, True
+    )
+    assert torch.equal(out, (shifted + residual).relu())
+    assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
+    assert torch.equal(mean, torch.zeros(9))
+    assert torch.equal(rstd, torch.ones(9))
+    out, no_mask, mean, rstd = triton_kernels.dual_batch_norm(
+        x, residual, None, bias, None, None, None, residual_bias, None, None,
+        False, 0.0, 0.0, 0.0, 0.0, False,
+    )  # fmt: skip
+    assert torch.equal(out, (shifted + (residual + channels(residual_bias, x).float())).relu())
+    assert no_mask.shape == (0,)
+    assert torch.equal(mean, torch.zeros(2, 9))
+    assert torch.equal(rstd, torch.ones(2, 9))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(3, 5, 4, 5), (1, 5, 4, 5), (7, 9)])
+def test_into_part_of_a_wider_tensor(shape, layout, tiles):
+    n_channels = shape[1]
+    x = make(shape, torch.float32, layout)
+    wider = make((shape[0], n_channels + 3, *shape[2:]), torch.float32, layout)
+    expected = wider.clone()
+    norm = parameters(n_channels, torch.float32)
+    part = slice(2, 2 + n_channels)
+    for training in (False, True):  # in this order: training updates the running statistics
+        expected[:, part], _, *statistics = triton_kernels.batch_norm(
+            x, None, *norm[:2], *(None, None) if training else norm[2:], training, MOMENTUM, EPS,
+            True, False,
+        )  # fmt: skip
+        results = triton_kernels.batch_norm_relu_into(
+            x, *norm, wider[:, part], training, MOMENTUM, EPS
+        )
+        assert torch.equal(wider, expected)
+        for result, statistic in zip(results, statistics, strict=True):
+            assert torch.equal(result, statistic)
+
+
 def test_without_relu():
     x, residual, dout = (make((3, 9, 4, 5)) for _ in range(3))
     out, _, mean, rstd = triton_kernels.batch_norm(
@@ -264,14 +410,35 @@ def test_nan_and_inf(layout, tiles):
     torch.testing.assert_close(running_var, expected_var, equal_nan=True)
     assert torch.equal(mask, packed(~(out <= 0), launch.View.of(x)))
 
-    out, mask = triton_kernels.add_relu(x, residual, True)
-    torch.testing.assert_close(out, x.relu(), equal_nan=True, rtol=0, atol=0)
-    dout = torch.where(out > 0, 1.0, math.nan)
-    torch.testing.assert_close(
-        triton_kernels.add_relu_backward(dout, mask),
-        torch.where(out > 0, 1.0, torch.where(out.isnan(), math.nan, 0.0)),
-        equal_nan=True,
-    )
+    for relu_first in (False, True):
+        out, mask = triton_kernels.add_relu(x, residual, relu_first, True)
+        torch.testing.assert_close(out, x.relu(), equal_nan=True, rtol=0, atol=0)
+        dout = torch.where(out > 0, 1.0, math.nan)
+        torch.testing.assert_close(
+            triton_kernels.add_relu_backward(dout, mask),
+            torch.where(out > 0, 1.0, torch.where(out.isnan(), math.nan, 0.0)),
+            equal_nan=True,
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nan_in_either_of_two_norms(layout):
+    """The sum of infinities too: it passes, and a channel of one norm is no other's."""
+    x, residual = (make((2, 4, 3, 3), torch.float32, layout) for _ in range(2))
+    x[0, 0, 0, 0] = residual[0, 1, 0, 0] = math.nan
+    x[0, 2, 1, 1], residual[0, 2, 1, 1] = math.inf, -math.inf
+    mean, var = torch.zeros(4), torch.ones(4)
+    for training in (True, False):
+        buffers = [None, None] if training else [mean, var]
+        expected = sum(
+            torch.nn.functional.batch_norm(z, *buffers, training=training) for z in (x, residual)
+        ).relu()
+        norm = None, None, *buffers
+        out, mask, *_ = triton_kernels.dual_batch_norm(
+            x, residual, *norm, *norm, training, 0.1, EPS, 0.1, EPS, True
+        )
+        torch.testing.assert_close(out, expected, equal_nan=True)
+        assert torch.equal(mask, packed(~(out <= 0), launch.View.of(x)))
 
 
 def test_threshold_is_that_of_the_stored_value():
@@ -287,30 +454,43 @@ def test_threshold_is_that_of_the_stored_value():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_mean_far_above_std(layout, tiles):
-    x = make((4, 8, 6, 7), torch.float32, layout, shift=1000.0)
-    _, _, mean, rstd = triton_kernels.batch_norm(
-        x, None, None, None, None, None, True, 0.1, EPS, True, False
+    x = make((4, 3, 6, 7), torch.float32, layout, shift=1000.0)
+    residual = make((4, 3, 6, 7), torch.float32, layout, shift=-3000.0)
+    norm = None, None, None, None
+    _, _, *alone = triton_kernels.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
+    _, _, *both = triton_kernels.dual_batch_norm(
+        x, residual, *norm, *norm, True, 0.1, EPS, 0.1, EPS, False
     )
-    rows = per_channel(x)
-    torch.testing.assert_close(mean.double(), rows.mean(0), rtol=2**-23, atol=0)
-    torch.testing.assert_close(
-        rstd.double(), (rows.var(0, correction=0) + EPS).rsqrt(), rtol=1e-6, atol=0
-    )
+    of_x, of_residual = zip(*both, strict=True)
+    for values, (mean, rstd) in [(x, alone), (x, of_x), (residual, of_residual)]:
+        rows = per_channel(values)
+        torch.testing.assert_close(mean.double(), rows.mean(0), rtol=2**-23, atol=0)
+        torch.testing.assert_close(
+            rstd.double(), (rows.var(0, correction=0) + EPS).rsqrt(), rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_runs_are_bitwise_equal(layout, tiles):
-    x, residual, dout = (make((4, 11, 5, 3), torch.float32, layout) for _ in range(3))
-    weight, bias, *_ = parameters(11, torch.float32)
+    x, residual, dout = (make((4, 3, 5, 3), torch.float32, layout) for _ in range(3))
+    weight, bias, *_ = parameters(3, torch.float32)
+    no_buffers = weight, bias, None, None
 
     def run():
-        out, mask, mean, rstd = triton_kernels.batch_norm(
-            x, residual, weight, bias, None, None, True, 0.1, EPS, True, True
+        out, mask, *statistics = triton_kernels.batch_norm(
+            x, residual, *no_buffers, True, 0.1, EPS, True, True
         )
-        grads = triton_kernels.batch_norm_backward(
-            dout, x, mask, weight, bias, mean, rstd, True, True, True, True, True
+        yield from (out, mask, *statistics)
+        yield from triton_kernels.batch_norm_backward(
+            dout, x, mask, weight, bias, *statistics, True, True, True, True, True
         )
-        return out, mask, mean, rstd, *grads
+        out, mask, *statistics = triton_kernels.dual_batch_norm(
+            x, residual, *no_buffers, *no_buffers, True, 0.1, EPS, 0.1, EPS, True
+        )
+        yield from (out, mask, *statistics)
+        yield from triton_kernels.dual_batch_norm_backward(
+            dout, x, residual, mask, weight, bias, weight, bias, *statistics, True, True, True, True
+        )
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)

@@ -1,4 +1,4 @@
-"""The four stages in Triton: stats, apply, bwd_reduce and bwd_apply, behind four functions.
+"""The four stages in Triton: stats, apply, bwd_reduce and bwd_apply, behind the raw ops.
 
 Nothing here imports fusedskip: a call goes ops → launcher → kernel; checks are the caller's.
 """
@@ -6,9 +6,25 @@ Nothing here imports fusedskip: a call goes ops → launcher → kernel; checks 
 from triton import knobs
 
 from . import interpreter
-from .ops import add_relu, add_relu_backward, batch_norm, batch_norm_backward
+from .ops import (
+    add_relu,
+    add_relu_backward,
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_relu_into,
+    dual_batch_norm,
+    dual_batch_norm_backward,
+)
 
-__all__ = ["add_relu", "add_relu_backward", "batch_norm", "batch_norm_backward"]
+__all__ = [
+    "add_relu",
+    "add_relu_backward",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_relu_into",
+    "dual_batch_norm",
+    "dual_batch_norm_backward",
+]
 
 if knobs.runtime.interpret:
     interpreter.repair()

@@ -1,11 +1,13 @@
 """apply: out = relu((x - mean) * a + bias + residual), a = weight * rstd; only x is always there.
 
-Reads x and residual, writes out and the 1-bit mask: 2N, or 3N + m. Tile
-[BLOCK_POSITIONS, BLOCK_CHANNELS], grid (channel blocks, programs). Without a norm this is the whole
-of add_relu.
+The residual may have a norm of its own, of the same form. Reads x and residual, writes out and the
+1-bit mask: 2N, or 3N + m. Tile [BLOCK_POSITIONS, BLOCK_CHANNELS], grid (channel blocks, programs).
+Without a norm this is the whole of add_relu.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +22,7 @@ from .tile import (
     pack_bits,
     relu_passes,
     tile_offsets,
+    uniform,
     whole_vectors,
 )
 
@@ -27,40 +30,45 @@ from .tile import (
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_apply_kernel(
     x_ptr, residual_ptr, out_ptr, mask_ptr,
-    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, partials_ptr, mean_ptr, rstd_ptr,
-    momentum: tl.float64, eps: tl.float64,
-    n_splits, n_outer, n_channels, n_inner,
-    RELU: tl.constexpr, ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
+    weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
+    momentum: tl.float64, eps: tl.float64, partials_ptr, mean_ptr, rstd_ptr,
+    residual_weight_ptr, residual_bias_ptr, residual_running_mean_ptr, residual_running_var_ptr,
+    residual_momentum: tl.float64, residual_eps: tl.float64,
+    residual_partials_ptr, residual_mean_ptr, residual_rstd_ptr,
+    n_splits, n_outer, n_channels, n_inner, out_gap,
+    RELU: tl.constexpr, RELU_FIRST: tl.constexpr,
+    ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
     STATS_POSITIONS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Absent tensors are None, which the compiler knows: they need no flags of their own."""
+    """Absent tensors are None, which the compiler knows: they need no flags of their own.
+
+    RELU is of the sum, RELU_FIRST of x alone. out_gap is what lies between two outer indices of out
+    where that is part of a wider tensor.
+    """
     n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     program, n_programs = tl.program_id(1), tl.num_programs(1)
 
+    n_positions = tl.cast(n_outer, INDEX_DTYPE) * n_inner
     if mean_ptr is not None:
-        if partials_ptr is not None:
-            n_positions = tl.cast(n_outer, INDEX_DTYPE) * n_inner
-            mean, m2 = merge_moments(
-                x_ptr, partials_ptr, channels, n_splits, n_channels, n_inner, n_positions,
-                ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
-            )  # fmt: skip
-            var = m2 / n_positions.to(ACC_DTYPE)
-        else:
-            mean = load_channels(running_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
-            var = load_channels(running_var_ptr, channels, n_channels, 1.0, ACC_DTYPE)
-        rstd = tl.rsqrt(var + eps).to(ACC_DTYPE)  # in fp64, as eps is
-        if program == 0:
-            if partials_ptr is not None and running_mean_ptr is not None:
-                unbiased = m2 / tl.maximum(n_positions - 1, 1).to(ACC_DTYPE)
-                update_running(running_mean_ptr, mean, momentum, channels, n_channels)
-                update_running(running_var_ptr, unbiased, momentum, channels, n_channels)
-            tl.store(mean_ptr + channels, mean, mask=channels < n_channels)
-            tl.store(rstd_ptr + channels, rstd, mask=channels < n_channels)
-        a = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
-        bias = load_channels(bias_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+        mean, a, bias = finish_statistics(
+            x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
+            partials_ptr, mean_ptr, rstd_ptr, channels, n_splits, n_channels, n_inner, n_positions,
+            ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
+        )  # fmt: skip
+    if residual_mean_ptr is not None:
+        residual_mean, residual_a, residual_bias = finish_statistics(
+            residual_ptr, residual_weight_ptr, residual_bias_ptr,
+            residual_running_mean_ptr, residual_running_var_ptr, residual_momentum, residual_eps,
+            residual_partials_ptr, residual_mean_ptr, residual_rstd_ptr,
+            channels, n_splits, n_channels, n_inner, n_positions,
+            ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
+        )  # fmt: skip
+        # In bf16 channels-first 40 registers, else 122.
+        mean, a = uniform(mean), uniform(a)
+        residual_mean, residual_a = uniform(residual_mean), uniform(residual_a)
 
     # Where there is a mask, planes are padded to whole bytes of it. Tiles are taken from the last
     # to the first: the end of what stats read is still in L2.
@@ -76,17 +84,54 @@ def batch_norm_apply_kernel(
             residual = tl.load(residual_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
         if mean_ptr is not None:
             out = normalise(out, mean, a, bias)
+        if RELU_FIRST:
+            passes = relu_passes(out, out_ptr.dtype.element_ty)
+            out = tl.where(passes, out, 0.0)
+        if residual_mean_ptr is not None:
+            residual = normalise(residual, residual_mean, residual_a, residual_bias)
         if residual_ptr is not None:
             out += residual
         if RELU:
             passes = relu_passes(out, out_ptr.dtype.element_ty)
             out = tl.where(passes, out, 0.0)
+        if out_gap is not None:
+            position = tile * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
+            outer = position if CHANNELS_LAST else position // pitch
+            offsets += outer.to(tl.int64)[:, None] * out_gap
         tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=valid)
         if mask_ptr is not None:
             offsets, byte_valid = mask_offsets(
                 tile, n_outer, n_channels, n_inner, BLOCK_POSITIONS, BLOCK_CHANNELS, CHANNELS_LAST
             )
             tl.store(mask_ptr + offsets, pack_bits(passes & valid, CHANNELS_LAST), mask=byte_valid)
+
+
+@triton.jit
+def finish_statistics(
+    x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
+    partials_ptr, mean_ptr, rstd_ptr, channels, n_splits, n_channels, n_inner, n_positions,
+    dtype: tl.constexpr, STATS_POSITIONS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Mean, a and bias of channels; the first program stores mean, rstd and running buffers."""
+    if partials_ptr is not None:
+        mean, m2 = merge_moments(
+            x_ptr, partials_ptr, channels, n_splits, n_channels, n_inner, n_positions,
+            dtype, STATS_POSITIONS, BLOCK_SPLITS,
+        )  # fmt: skip
+        var = m2 / n_positions.to(dtype)
+    else:
+        mean = load_channels(running_mean_ptr, channels, n_channels, 0.0, dtype)
+        var = load_channels(running_var_ptr, channels, n_channels, 1.0, dtype)
+    rstd = tl.rsqrt(var + eps).to(dtype)  # in fp64, as eps is
+    if tl.program_id(1) == 0:
+        if partials_ptr is not None and running_mean_ptr is not None:
+            unbiased = m2 / tl.maximum(n_positions - 1, 1).to(dtype)
+            update_running(running_mean_ptr, mean, momentum, channels, n_channels)
+            update_running(running_var_ptr, unbiased, momentum, channels, n_channels)
+        tl.store(mean_ptr + channels, mean, mask=channels < n_channels)
+        tl.store(rstd_ptr + channels, rstd, mask=channels < n_channels)
+    a = load_channels(weight_ptr, channels, n_channels, 1.0, dtype) * rstd
+    return mean, a, load_channels(bias_ptr, channels, n_channels, 0.0, dtype)
 
 
 @triton.jit
@@ -98,6 +143,20 @@ def update_running(ptr, batch, momentum, channels, n_channels):
     tl.store(ptr + channels, running.to(batch.dtype).to(ptr.dtype.element_ty), mask=valid)
 
 
+class Norm(NamedTuple):
+    """What a batch norm is given, in the order of the kernel's arguments."""
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    running_mean: torch.Tensor | None = None
+    running_var: torch.Tensor | None = None
+    momentum: float = 0.0
+    eps: float = 0.0
+
+
+ABSENT = Norm()
+
+
 def apply(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -106,24 +165,25 @@ def apply(
     view: View,
     plan: Plan,
     relu: bool,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    running_mean: torch.Tensor | None = None,
-    running_var: torch.Tensor | None = None,
+    relu_first: bool = False,
+    norm: Norm = ABSENT,
+    residual_norm: Norm | None = None,
     partials: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
     rstd: torch.Tensor | None = None,
-    momentum: float = 0.0,
-    eps: float = 0.0,
 ) -> None:
     """Fill out and mask; with a norm, that is with mean and rstd, those and the running buffers.
 
-    The statistics are those of the batch if partials are given, else the running ones.
+    The statistics are those of the batch if partials are given, else the running ones. With a norm
+    of the residual, partials, mean and rstd have a leading dimension of two: x, residual.
     """
+    statistics = partials, mean, rstd
+    residual_statistics = [None if residual_norm is None or s is None else s[1] for s in statistics]
     batch_norm_apply_kernel[plan.channel_blocks, plan.n_programs](
         x, residual, out, mask,
-        weight, bias, running_mean, running_var, partials, mean, rstd,
-        momentum, eps, plan.n_splits, *view,
-        RELU=relu, STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=plan.block_splits,
+        *norm, *statistics, *(residual_norm or ABSENT), *residual_statistics,
+        plan.n_splits, *view, view.gap(out),
+        RELU=relu, RELU_FIRST=relu_first,
+        STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=plan.block_splits,
         **plan.constants(x),
     )  # fmt: skip

@@ -1,11 +1,14 @@
 """bwd_apply: dx = a * g + k2 * (x - mean) + k3 and dresidual = g; also dweight and dbias.
 
-g is dout where ReLU passed, else 0. Reads dout, the mask, and x in training or to find the
-threshold again; writes what is asked for: 3N, or 4N + m. Tile [BLOCK_POSITIONS, BLOCK_CHANNELS],
+g is dout where ReLU passed, else 0. Where the residual is normalised, dresidual has the form of dx.
+Reads dout, the mask, and x in training or to find the threshold again, so too a normalised
+residual; writes what is asked for: 3N, 4N + m, or 5N + m. Tile [BLOCK_POSITIONS, BLOCK_CHANNELS],
 grid (channel blocks, programs). Asked for dresidual alone it is the whole of add_relu's backward.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,20 +16,25 @@ import triton.language as tl
 
 from .bwd_reduce import load_threshold
 from .launch import SIZES, Plan, View
-from .tile import load_channels, load_partials, tile_offsets, whole_vectors
+from .tile import load_channels, load_partials, tile_offsets, uniform, whole_vectors
 
 
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_apply_kernel(
-    dout_ptr, x_ptr, mask_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partials_ptr,
-    dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    dout_ptr, x_ptr, residual_ptr, mask_ptr, dx_ptr, dresidual_ptr, partials_ptr,
+    mean_ptr, rstd_ptr, residual_mean_ptr, residual_rstd_ptr,
+    weight_ptr, bias_ptr, residual_weight_ptr,
+    dweight_ptr, dbias_ptr, residual_dweight_ptr, residual_dbias_ptr,
     n_splits, n_outer, n_channels, n_inner,
     RELU: tl.constexpr, TRAINING: tl.constexpr,
     ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs that are not wanted are None, and so is what only they would need."""
+    """Outputs that are not wanted are None, and so is what only they would need.
+
+    The residual is given where it is normalised.
+    """
     n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     program, n_programs = tl.program_id(1), tl.num_programs(1)
@@ -35,20 +43,27 @@ def batch_norm_bwd_apply_kernel(
     rstd = load_channels(rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
     a = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
     bias = load_channels(bias_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+    if residual_ptr is not None:
+        residual_mean = load_channels(residual_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+        residual_rstd = load_channels(residual_rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
+        residual_a = load_channels(residual_weight_ptr, channels, n_channels, 1.0, ACC_DTYPE)
+        residual_a *= residual_rstd
     if partials_ptr is not None:
-        sums_g = load_partials(partials_ptr, 0, channels, n_splits, n_channels, BLOCK_SPLITS)
-        sums_gx = load_partials(partials_ptr, 1, channels, n_splits, n_channels, BLOCK_SPLITS)
-        dbias = tl.sum(sums_g, axis=0)
-        dweight = rstd * tl.sum(sums_gx, axis=0)
-        if program == 0:
-            if dweight_ptr is not None:
-                tl.store(dweight_ptr + channels, dweight, mask=channels < n_channels)
-            if dbias_ptr is not None:
-                tl.store(dbias_ptr + channels, dbias, mask=channels < n_channels)
-        if TRAINING and dx_ptr is not None:
-            n_positions = (tl.cast(n_outer, INDEX_DTYPE) * n_inner).to(ACC_DTYPE)
-            k2 = -a * rstd * dweight / n_positions
-            k3 = -a * dbias / n_positions
+        n_positions = (tl.cast(n_outer, INDEX_DTYPE) * n_inner).to(ACC_DTYPE)
+        sum_g = sum_partials(partials_ptr, 0, channels, n_splits, n_channels, BLOCK_SPLITS)
+        sum_gx = sum_partials(partials_ptr, 1, channels, n_splits, n_channels, BLOCK_SPLITS)
+        k2, k3 = finish_sums(
+            sum_g, sum_gx, a, rstd, dweight_ptr, dbias_ptr, channels, n_channels, n_positions
+        )
+        if residual_ptr is not None:
+            sum_gr = sum_partials(partials_ptr, 2, channels, n_splits, n_channels, BLOCK_SPLITS)
+            residual_k2, residual_k3 = finish_sums(
+                sum_g, sum_gr, residual_a, residual_rstd, residual_dweight_ptr, residual_dbias_ptr,
+                channels, n_channels, n_positions,
+            )  # fmt: skip
+            # In bf16 channels-first 50 registers, else 120.
+            k2, k3 = uniform(k2), uniform(k3)
+            residual_k2, residual_k3 = uniform(residual_k2), uniform(residual_k3)
 
     if dx_ptr is not None or dresidual_ptr is not None:
         # From the last tile to the first: the end of what bwd_reduce read is still in L2.
@@ -61,6 +76,8 @@ def batch_norm_bwd_apply_kernel(
             )
             g = tl.load(dout_ptr + offsets, mask=valid, other=0.0)
             x = g if x_ptr is None else tl.load(x_ptr + offsets, mask=valid, other=0.0)
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + offsets, mask=valid, other=0.0)
             if RELU:
                 passes = load_threshold(
                     mask_ptr, x, mean, a, bias, tile, n_outer, n_channels, n_inner,
@@ -68,7 +85,14 @@ def batch_norm_bwd_apply_kernel(
                 )  # fmt: skip
                 g = tl.where(passes, g, 0.0)
             if dresidual_ptr is not None:
-                tl.store(dresidual_ptr + offsets, g, mask=valid)
+                dresidual = g
+                if residual_ptr is not None:
+                    dresidual = residual_a[None, :] * g.to(ACC_DTYPE)
+                    if TRAINING:
+                        deviation = residual.to(ACC_DTYPE) - residual_mean[None, :]
+                        dresidual += residual_k2[None, :] * deviation + residual_k3[None, :]
+                dresidual = dresidual.to(dresidual_ptr.dtype.element_ty)
+                tl.store(dresidual_ptr + offsets, dresidual, mask=valid)
             if dx_ptr is not None:
                 dx = a[None, :] * g.to(ACC_DTYPE)
                 if TRAINING:
@@ -76,9 +100,29 @@ def batch_norm_bwd_apply_kernel(
                 tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def sum_partials(partials_ptr, plane, channels, n_splits, n_channels, BLOCK_SPLITS: tl.constexpr):
+    """A sum over all positions of channels."""
+    partials = load_partials(partials_ptr, plane, channels, n_splits, n_channels, BLOCK_SPLITS)
+    return tl.sum(partials, axis=0)
+
+
+@triton.jit
+def finish_sums(dbias, sum_gx, a, rstd, dweight_ptr, dbias_ptr, channels, n_channels, n_positions):
+    """k2 and k3 of channels; the first program stores dweight and dbias."""
+    dweight = rstd * sum_gx
+    if tl.program_id(1) == 0:
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + channels, dweight, mask=channels < n_channels)
+        if dbias_ptr is not None:
+            tl.store(dbias_ptr + channels, dbias, mask=channels < n_channels)
+    return -a * rstd * dweight / n_positions, -a * dbias / n_positions
+
+
 def bwd_apply(
     dout: torch.Tensor,
     x: torch.Tensor | None,
+    residual: torch.Tensor | None,
     mask: torch.Tensor | None,
     dx: torch.Tensor | None,
     dresidual: torch.Tensor | None,
@@ -86,22 +130,24 @@ def bwd_apply(
     plan: Plan,
     relu: bool,
     training: bool = False,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    partials: torch.Tensor | None = None,
     mean: torch.Tensor | None = None,
     rstd: torch.Tensor | None = None,
-    partials: torch.Tensor | None = None,
-    dweight: torch.Tensor | None = None,
-    dbias: torch.Tensor | None = None,
+    parameters: Sequence[torch.Tensor | None] = (None, None),
+    dparameters: Sequence[torch.Tensor | None] = (None, None),
 ) -> None:
-    """Fill those of dx, dresidual, dweight and dbias that are given.
+    """Fill those of dx, dresidual and dparameters that are given.
 
-    Partials are needed for dweight and dbias, and in training for dx.
+    Partials are needed for dparameters, and in training for dx. Parameters are weight and bias, and
+    with a residual those of its norm; mean and rstd are then (2, n_channels).
     """
     n_programs = plan.n_programs if dx is not None or dresidual is not None else 1
+    # The bias of the residual's norm decided on the mask alone, and there is one.
+    weight, bias, residual_weight = (*parameters, None)[:3]
     batch_norm_bwd_apply_kernel[plan.channel_blocks, n_programs](
-        dout, x, mask, weight, bias, mean, rstd, partials,
-        dx, dresidual, dweight, dbias,
+        dout, x, residual, mask, dx, dresidual, partials,
+        mean, rstd, *(None if residual is None or s is None else s[1] for s in (mean, rstd)),
+        weight, bias, residual_weight, *(*dparameters, None, None)[:4],
         plan.n_splits, *view,
         RELU=relu, TRAINING=training, BLOCK_SPLITS=plan.block_splits, **plan.constants(dout),
     )  # fmt: skip

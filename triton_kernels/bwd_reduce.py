@@ -1,6 +1,7 @@
 """bwd_reduce: dout, x and the threshold → partial sums of g and g * (x - mean) per channel.
 
-g is dout where ReLU passed, else 0. Reads dout and x (2N), and the mask if there is one. Tile
+g is dout where ReLU passed, else 0. Where the residual is normalised, of g * (residual - mean')
+too. Reads dout and x (2N), the residual, and the mask if there is one. Tile
 [BLOCK_POSITIONS, BLOCK_CHANNELS], grid (channel blocks, splits); bwd_apply adds the splits up,
 always in the same order.
 """
@@ -25,13 +26,14 @@ from .tile import (
 
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_reduce_kernel(
-    dout_ptr, x_ptr, mask_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, partials_ptr,
+    dout_ptr, x_ptr, residual_ptr, mask_ptr,
+    weight_ptr, bias_ptr, mean_ptr, rstd_ptr, residual_mean_ptr, partials_ptr,
     n_outer, n_channels, n_inner,
     RELU: tl.constexpr, ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Fills partials, [2, n_splits, n_channels]: sums of g and of g * (x - mean)."""
+    """Fills partials, [2 or 3, n_splits, n_channels]: sums of g, g * (x - mean), and the other."""
     n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     split, n_splits = tl.program_id(1), tl.num_programs(1)
@@ -42,6 +44,9 @@ def batch_norm_bwd_reduce_kernel(
 
     sum_g = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
     sum_gx = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
+    if residual_ptr is not None:
+        residual_mean = load_channels(residual_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+        sum_gr = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
     pitch = n_inner if mask_ptr is None or CHANNELS_LAST else tl.cdiv(n_inner, 8) * 8
     n_tiles = tl.cdiv(tl.cast(n_outer, INDEX_DTYPE) * pitch, BLOCK_POSITIONS)
     for tile in range(split, n_tiles, n_splits):
@@ -50,6 +55,8 @@ def batch_norm_bwd_reduce_kernel(
         )
         g = tl.load(dout_ptr + offsets, mask=valid, other=0.0)
         x = tl.load(x_ptr + offsets, mask=valid, other=0.0)
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + offsets, mask=valid, other=0.0)
         if RELU:
             passes = load_threshold(
                 mask_ptr, x, mean, a, bias, tile, n_outer, n_channels, n_inner,
@@ -57,14 +64,18 @@ def batch_norm_bwd_reduce_kernel(
             )  # fmt: skip
             g = tl.where(passes, g, 0.0)
         g = g.to(ACC_DTYPE)
+        if residual_ptr is not None:  # before the others: after them, ptxas spills in fp16
+            sum_gr += g * (residual.to(ACC_DTYPE) - residual_mean[None, :])
         sum_g += g
         sum_gx += g * (x.to(ACC_DTYPE) - mean[None, :])
 
     partials_ptr += split * n_channels + channels
     tl.store(partials_ptr, tl.sum(sum_g, axis=0), mask=channels < n_channels)
-    tl.store(
-        partials_ptr + n_splits * n_channels, tl.sum(sum_gx, axis=0), mask=channels < n_channels
-    )
+    partials_ptr += n_splits * n_channels
+    tl.store(partials_ptr, tl.sum(sum_gx, axis=0), mask=channels < n_channels)
+    if residual_ptr is not None:
+        partials_ptr += n_splits * n_channels
+        tl.store(partials_ptr, tl.sum(sum_gr, axis=0), mask=channels < n_channels)
 
 
 @triton.jit
@@ -86,6 +97,7 @@ def load_threshold(
 def bwd_reduce(
     dout: torch.Tensor,
     x: torch.Tensor,
+    residual: torch.Tensor | None,
     mask: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
@@ -96,7 +108,12 @@ def bwd_reduce(
     plan: Plan,
     relu: bool,
 ) -> None:
-    """Fill partials, (2, n_splits, n_channels) in the statistics dtype."""
+    """Fill partials, (2, n_splits, n_channels) in the statistics dtype.
+
+    With a residual it is (3, n_splits, n_channels), and mean and rstd are (2, n_channels).
+    """
     batch_norm_bwd_reduce_kernel[plan.channel_blocks, plan.n_splits](
-        dout, x, mask, weight, bias, mean, rstd, partials, *view, RELU=relu, **plan.constants(x)
-    )
+        dout, x, residual, mask,
+        weight, bias, mean, rstd, None if residual is None else mean[1], partials,
+        *view, RELU=relu, **plan.constants(x),
+    )  # fmt: skip

@@ -45,6 +45,14 @@ class View(NamedTuple):
         """The view of an elementwise op: one row, in the order of memory."""
         return cls(1, x.numel(), 1)
 
+    def gap(self, out: torch.Tensor) -> int | None:
+        """What out, of this view but for it, leaves between two outer indices; None if nothing."""
+        dense = self.n_channels * self.n_inner
+        if self.n_outer == 1:
+            return None
+        strides = zip(out.shape, out.stride(), strict=True)
+        return min(d for size, d in strides if size > 1 and d >= dense) - dense or None
+
     @property
     def mask_shape(self) -> tuple[int, int]:
         """(n_rows, bytes a row) of the 1-bit mask; a row is all channels of a pixel, or a plane."""
@@ -66,9 +74,9 @@ class Plan:
     long_index: bool  # more positions than 32 bits count; offsets have 64 bits in any case
     block_positions: int
     block_channels: int
-    stats_positions: int  # stats reads one tensor: a longer tile keeps as many bytes in flight
+    stats_positions: int  # a program reads one tensor: a longer tile keeps as many bytes in flight
     channel_blocks: int
-    n_splits: int  # programs per channel block in a reduction
+    n_splits: int  # programs per channel block in a reduction, and in stats per tensor
     n_programs: int  # programs per channel block in an apply
     num_warps: int
 
@@ -96,7 +104,7 @@ def statistics_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 @lru_cache(maxsize=4096)
-def plan(view: View, itemsize: int) -> Plan:
+def plan(view: View, itemsize: int, n_norms: int = 1) -> Plan:
     """Pick tile and grid, from the shape alone."""
     n_outer, n_channels, n_inner = view
     channels_last = n_inner == 1
@@ -109,8 +117,9 @@ def plan(view: View, itemsize: int) -> Plan:
         elements //= 2  # an address for every element: a full tile spills
     if channels_last:
         # Half the channels, so that C = 64 still gives 2 * MAX_SPLITS programs; at most 64, in bf16
-        # a line of 128 bytes. An elementwise op is one row, and a tile a piece of it.
-        widest = 64 if n_outer > 1 else elements
+        # a line of 128 bytes, or half of it where two norms need twice the registers a channel. An
+        # elementwise op is one row, and a tile a piece of it.
+        widest = 64 // n_norms if n_outer > 1 else elements
         block_channels = min(widest, max(8, triton.next_power_of_2(n_channels) // 2))
         smallest = 1
     else:
@@ -122,6 +131,7 @@ def plan(view: View, itemsize: int) -> Plan:
 
     channel_blocks = triton.cdiv(n_channels, block_channels)
     most = max(1, PROGRAMS // channel_blocks)
+    most_splits = min(MAX_SPLITS, max(1, most // n_norms))
     return Plan(
         vec=vec,
         channels_last=channels_last,
@@ -130,7 +140,7 @@ def plan(view: View, itemsize: int) -> Plan:
         block_channels=block_channels,
         stats_positions=stats_positions,
         channel_blocks=channel_blocks,
-        n_splits=_even_share(triton.cdiv(n_positions, stats_positions), min(MAX_SPLITS, most)),
+        n_splits=_even_share(triton.cdiv(n_positions, stats_positions), most_splits),
         n_programs=_even_share(triton.cdiv(n_positions, block_positions), most),
         num_warps=min(WARPS, max(1, threads // 32)),
     )

@@ -1,35 +1,41 @@
-"""The four raw ops, with the schemas of fusedskip.ops: allocate, then at most two launches."""
+"""The raw ops, with the schemas of fusedskip.ops: allocate, then at most two launches."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .apply import apply
+from .apply import Norm, apply
 from .bwd_apply import bwd_apply
 from .bwd_reduce import bwd_reduce
 from .launch import View, plan, statistics_dtype
 from .stats import stats
 
 
-def add_relu(x: Tensor, residual: Tensor, save_mask: bool) -> tuple[Tensor, Tensor]:
-    """Return relu(x + residual) and, if saved, the mask of where ReLU passed. Any shape."""
+def add_relu(
+    x: Tensor, residual: Tensor, relu_first: bool, save_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """Return relu(x + residual), or relu(x) + residual, and if saved the mask of where ReLU passed.
+
+    Any shape.
+    """
     out = torch.empty_like(x)
     view = View.flat(x)
     mask = x.new_empty(view.mask_shape if save_mask else 0, dtype=torch.uint8)
     with torch.cuda.device_of(x):
         apply(
-            x, residual, out, mask if save_mask else None, view, plan(view, x.itemsize), relu=True
-        )
+            x, residual, out, mask if save_mask else None, view, plan(view, x.itemsize),
+            relu=not relu_first, relu_first=relu_first,
+        )  # fmt: skip
     return out, mask
 
 
 def add_relu_backward(dout: Tensor, mask: Tensor) -> Tensor:
-    """Return dout where ReLU passed, else 0: the gradient of both x and residual."""
+    """Return dout where ReLU passed, else 0: the gradient of what ReLU was given."""
     dx = torch.empty_like(dout)
     view = View.flat(dout)
     with torch.cuda.device_of(dout):
-        bwd_apply(dout, None, mask, None, dx, view, plan(view, dout.itemsize), relu=True)
+        bwd_apply(dout, None, None, mask, None, dx, view, plan(view, dout.itemsize), relu=True)
     return dx
 
 
@@ -48,22 +54,82 @@ def batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return relu(bn(x) + residual), mask, mean (C,) and rstd (C,); x is (N, C, *).
 
-    Training updates the running buffers.
+    Training updates the running buffers. Evaluation without them has mean 0 and variance 1.
     """
+    norm = Norm(weight, bias, running_mean, running_var, momentum, eps)
+    return _forward(x, residual, norm, None, training, relu, save_mask)
+
+
+def batch_norm_relu_into(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    out: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Fill out, part of a wider tensor, with relu(bn(x)); return mean (C,) and rstd (C,)."""
+    norm = Norm(weight, bias, running_mean, running_var, momentum, eps)
+    _, _, mean, rstd = _forward(x, None, norm, None, training, True, False, out)
+    return mean, rstd
+
+
+def dual_batch_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    residual_running_mean: Tensor | None,
+    residual_running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual_momentum: float,
+    residual_eps: float,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return relu(bn(x) + bn'(residual)), mask, mean (2, C) and rstd (2, C), those of x first."""
+    norm = Norm(weight, bias, running_mean, running_var, momentum, eps)
+    residual_norm = Norm(
+        residual_weight, residual_bias, residual_running_mean, residual_running_var,
+        residual_momentum, residual_eps,
+    )  # fmt: skip
+    return _forward(x, residual, norm, residual_norm, training, True, save_mask)
+
+
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    norm: Norm,
+    residual_norm: Norm | None,
+    training: bool,
+    relu: bool,
+    save_mask: bool,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     view = View.of(x)
-    chosen = plan(view, x.itemsize)
-    out = torch.empty_like(x)
+    norms = () if residual_norm is None else (2,)
+    chosen = plan(view, x.itemsize, 1 if residual_norm is None else 2)
+    out = torch.empty_like(x) if out is None else out
     mask = x.new_empty(view.mask_shape if save_mask else 0, dtype=torch.uint8)
     dtype = statistics_dtype(x)
-    mean = x.new_empty(view.n_channels, dtype=dtype)
-    rstd = x.new_empty(view.n_channels, dtype=dtype)
-    partials = x.new_empty((2, chosen.n_splits, view.n_channels), dtype=dtype) if training else None
+    mean = x.new_empty((*norms, view.n_channels), dtype=dtype)
+    rstd = x.new_empty((*norms, view.n_channels), dtype=dtype)
+    partials = None
     with torch.cuda.device_of(x):
-        if partials is not None:
-            stats(x, partials, view, chosen)
+        if training:
+            partials = x.new_empty((*norms, 2, chosen.n_splits, view.n_channels), dtype=dtype)
+            stats(x, residual if norms else None, partials, view, chosen)
         apply(
-            x, residual, out, mask if save_mask else None, view, chosen, relu,
-            weight, bias, running_mean, running_var, partials, mean, rstd, momentum, eps,
+            x, residual, out, mask if save_mask else None, view, chosen, relu, False,
+            norm, residual_norm, partials, mean, rstd,
         )  # fmt: skip
     return out, mask, mean, rstd
 
@@ -81,31 +147,80 @@ def batch_norm_backward(
     need_dx: bool,
     need_dresidual: bool,
     need_dparams: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return dx, dresidual, dweight (C,) and dbias (C,); what is not needed has shape (0,).
 
     Without a mask, the threshold of relu is recomputed from x.
     """
+    return _backward(
+        dout, x, None, mask, (weight, bias), mean, rstd, training, relu,
+        need_dx, need_dresidual, need_dparams,
+    )  # fmt: skip
+
+
+def dual_batch_norm_backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor,
+    mask: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, ...]:
+    """Return dx, dresidual, and the gradients of the parameters in their order.
+
+    What is not needed has shape (0,).
+    """
+    parameters = weight, bias, residual_weight, residual_bias
+    return _backward(
+        dout, x, residual, mask, parameters, mean, rstd, training, True,
+        need_dx, need_dresidual, need_dparams,
+    )  # fmt: skip
+
+
+def _backward(
+    dout: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+    need_dparams: bool,
+) -> tuple[Tensor, ...]:
+    """The residual is given where it is normalised."""
     view = View.of(x)
-    chosen = plan(view, x.itemsize)
+    chosen = plan(view, x.itemsize, 1 if residual is None else 2)
     dx = torch.empty_like(x) if need_dx else None
     dresidual = torch.empty_like(x) if need_dresidual else None
-    dweight = torch.empty_like(weight) if need_dparams and weight is not None else None
-    dbias = torch.empty_like(bias) if need_dparams and bias is not None else None
-    has_dparams = dweight is not None or dbias is not None
+    dparameters = [
+        torch.empty_like(p) if need_dparams and p is not None else None for p in parameters
+    ]
+    weight, bias = parameters[:2]
+    has_dparams = any(gradient is not None for gradient in dparameters)
+    needs_sums = need_dx or (need_dresidual and residual is not None)
     with torch.cuda.device_of(x):
         partials = None
-        if has_dparams or (training and need_dx):
-            shape = (2, chosen.n_splits, view.n_channels)
+        if has_dparams or (training and needs_sums):
+            shape = (2 if residual is None else 3, chosen.n_splits, view.n_channels)
             partials = x.new_empty(shape, dtype=statistics_dtype(x))
-            bwd_reduce(dout, x, mask, weight, bias, mean, rstd, partials, view, chosen, relu)
+            bwd_reduce(
+                dout, x, residual, mask, weight, bias, mean, rstd, partials, view, chosen, relu
+            )
         if has_dparams or need_dx or need_dresidual:
             bwd_apply(
-                dout, x, mask, dx, dresidual, view, chosen, relu,
-                training, weight, bias, mean, rstd, partials, dweight, dbias,
+                dout, x, residual, mask, dx, dresidual, view, chosen, relu,
+                training, partials, mean, rstd, parameters, dparameters,
             )  # fmt: skip
-    dx, dresidual, dweight, dbias = (
-        x.new_empty(0) if gradient is None else gradient
-        for gradient in (dx, dresidual, dweight, dbias)
-    )
-    return dx, dresidual, dweight, dbias
+    return tuple(x.new_empty(0) if g is None else g for g in (dx, dresidual, *dparameters))

@@ -1,8 +1,9 @@
 """stats: x → partial moments per channel. Reads x once; tile [BLOCK_POSITIONS, BLOCK_CHANNELS].
 
-Grid (channel blocks, splits). A split leaves the mean, relative to load_origin, and the sum of
-squared deviations M2 of its own positions; whoever needs the moments of whole channels merges them
-with merge_moments, always in the same order.
+Grid (channel blocks, tensors, splits): the residual too where that is normalised, both at the same
+pace, so that the ends of both are in L2 for apply. A split leaves the mean, relative to
+load_origin, and the sum of squared deviations M2 of its own positions; whoever needs the moments of
+whole channels merges them with merge_moments, always in the same order.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ from .tile import load_partials, tile_offsets, whole_vectors
 
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_stats_kernel(
-    x_ptr, partials_ptr, n_outer, n_channels, n_inner,
+    x_ptr, residual_ptr, partials_ptr, n_outer, n_channels, n_inner,
     ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Fills partials, [2, n_splits, n_channels]: means and M2."""
+    """Fills partials, [tensors, 2, n_splits, n_channels]: means and M2."""
     n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    split, n_splits = tl.program_id(1), tl.num_programs(1)
+    split, n_splits = tl.program_id(2), tl.num_programs(2)
+    if residual_ptr is not None:
+        tensor = tl.program_id(1)
+        x_ptr = tl.where(tensor == 0, x_ptr, residual_ptr)
+        partials_ptr += tensor.to(tl.int64) * 2 * n_splits * n_channels
     n_positions = tl.cast(n_outer, INDEX_DTYPE) * n_inner
     n_tiles = tl.cdiv(n_positions, BLOCK_POSITIONS)
 
@@ -105,8 +110,15 @@ def finite_or_zero(x):
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
-def stats(x: torch.Tensor, partials: torch.Tensor, view: View, plan: Plan) -> None:
-    """Fill partials, (2, n_splits, n_channels) in the statistics dtype."""
-    batch_norm_stats_kernel[plan.channel_blocks, plan.n_splits](
-        x, partials, *view, **plan.constants(x) | {"BLOCK_POSITIONS": plan.stats_positions}
-    )
+def stats(
+    x: torch.Tensor, residual: torch.Tensor | None, partials: torch.Tensor, view: View, plan: Plan
+) -> None:
+    """Fill partials, (2, n_splits, n_channels) in the statistics dtype.
+
+    With a residual it is (2, 2, n_splits, n_channels), those of x first.
+    """
+    n_tensors = 1 if residual is None else 2
+    batch_norm_stats_kernel[plan.channel_blocks, n_tensors, plan.n_splits](
+        x, residual, partials, *view,
+        **plan.constants(x) | {"BLOCK_POSITIONS": plan.stats_positions},
+    )  # fmt: skip

@@ -93,6 +93,15 @@ def load_channels(ptr, channels, n_channels, absent: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
+def uniform(values):
+    """Values a channel; of a single channel, laid out so that a tile of them takes one register."""
+    if values.shape[0] == 1:
+        return tl.full([1], tl.sum(values, axis=0), values.dtype)
+    else:
+        return values
+
+
+@triton.jit
 def normalise(x, mean, a, bias):
     """(x - mean) * a + bias, from which backward recomputes forward's threshold bit for bit.
 

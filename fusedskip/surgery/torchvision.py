@@ -101,23 +101,29 @@ class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b028
 
     @classmethod
     def applies(cls, module: Any) -> bool:
-        return bool(tails.kernels(cls.plan_of(module)))
+        plan = cls.plan_of(module)
+        return bool(tails.kernels(plan)) and cls._finds_layers(module, plan)
 
     @classmethod
     def plan_of(cls, module: Any) -> Plan:
         return tails.plan_chain(module.values())
 
+    @staticmethod
+    def _finds_layers(module: Any, plan: Plan) -> bool:
+        """Whether no layer that is handed out is a norm without its ReLU, or was passed over."""
+        results = [last if relu is None else relu for last, relu in plan.branch]
+        return all(module[name] in results for name in module.return_layers)
+
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         plan = self.plan_of(self)
-        results = [module if relu is None else relu for module, relu in plan.branch]
-        wanted = {self[name]: name for name in self.return_layers}
-        if not self._may_run(plan) or not all(module in results for module in wanted):
+        if not self._may_run(plan) or not self._finds_layers(self, plan):
             return super().forward(x)
+        names = {self[name]: out_name for name, out_name in self.return_layers.items()}
         out = OrderedDict()
-        for step, result in zip(plan.branch, results, strict=True):
-            x = tails.run_steps([step], x)
-            if result in wanted:
-                out[self.return_layers[wanted[result]]] = x
+        for last, relu in plan.branch:
+            x = tails.run_steps([(last, relu)], x)
+            if (result := last if relu is None else relu) in names:
+                out[names[result]] = x
         return out
 
 
