@@ -131,8 +131,8 @@ def test_every_kernel_is_there_and_combinations_are_counted(kernels):
     for arch in ARCHITECTURES:
         of_arch = [kernel for kernel in kernels if kernel.arch == arch]
         assert {kernel.name for kernel in of_arch} == set(TENSORS)
-        # (3 dtypes with widths 8, 4, 1 and fp64 with width 1) x 2 layouts x stages, of which all but
-        # stats have a dual form, and the backward ones recompute the threshold or do not; add_relu
+        # (3 dtypes with widths 8, 4, 1 and fp64 with width 1) x 2 layouts x stages; all but stats
+        # have a dual form, and the backward ones another that recomputes the threshold; add_relu
         # has one layout.
         assert len(of_arch) == 10 * 2 * (1 + 2 + 3 + 3) + 10 * 2
 
