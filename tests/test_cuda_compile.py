@@ -98,11 +98,9 @@ def disassemble(object_file):
     return kernels
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
+def compile_sources(folder):
     """One object file for each source, for all architectures."""
     nvcc = shutil.which("nvcc") or pytest.skip("nvcc: not on PATH")
-    folder = tmp_path_factory.mktemp("cuda")
 
     def compile_source(source):
         output = folder / f"{source.stem}.o"
@@ -115,19 +113,24 @@ def objects(tmp_path_factory):
         return list(pool.map(compile_source, SOURCES))
 
 
-@pytest.fixture(scope="module")
-def kernels(objects):
+def test_compiled(tmp_path):
+    """One test, so that no worker compiles again what another has compiled."""
+    objects = compile_sources(tmp_path)
+    check_that_objects_link(objects, tmp_path)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [kernel for of_file in pool.map(disassemble, objects) for kernel in of_file]
+        kernels = [kernel for of_file in pool.map(disassemble, objects) for kernel in of_file]
+    check_that_every_kernel_is_there(kernels)
+    check_that_nothing_spills(kernels)
+    check_that_main_loops_access_16_bytes(kernels)
 
 
-def test_objects_link(objects, tmp_path):
+def check_that_objects_link(objects, tmp_path):
     library = tmp_path / "library.so"
     subprocess.run(["nvcc", "-shared", *map(str, objects), "-o", str(library)], check=True)
     assert library.stat().st_size < 15e6  # three architectures, uncompressed
 
 
-def test_every_kernel_is_there_and_combinations_are_counted(kernels):
+def check_that_every_kernel_is_there(kernels):
     for arch in ARCHITECTURES:
         of_arch = [kernel for kernel in kernels if kernel.arch == arch]
         assert {kernel.name for kernel in of_arch} == set(TENSORS)
@@ -137,13 +140,13 @@ def test_every_kernel_is_there_and_combinations_are_counted(kernels):
         assert len(of_arch) == 10 * 2 * (1 + 2 + 3 + 3) + 10 * 2
 
 
-def test_nothing_spills(kernels):
+def check_that_nothing_spills(kernels):
     for kernel in kernels:
         for instruction in kernel.instructions.values():
             assert not re.search(r"\b(LDL|STL)\b", instruction), kernel
 
 
-def test_main_loops_access_16_bytes(kernels):
+def check_that_main_loops_access_16_bytes(kernels):
     """Where the width allows; but for mask bytes, such a loop accesses nothing narrower."""
     wide = [k for k in kernels if k.itemsize < 8 and k.width * k.itemsize >= 16]
     assert {kernel.name for kernel in wide} == set(TENSORS)

@@ -581,6 +581,23 @@ def test_a_shortcut_that_eager_broadcasts():
     train_alike(fused, eager, [torch.randn(4, 8, 5, 5).double() for _ in range(2)])
 
 
+@pytest.mark.parametrize("layer", ["bn1", "relu", "maxpool"])
+def test_a_backbone_that_hands_out_its_stem(layer):
+    """The result of a norm without its ReLU can be handed out only by calling one by one."""
+    getter = tv._utils.IntermediateLayerGetter
+    torch.manual_seed(0)
+    backbone = tv.resnet18().double()
+    eager = getter(backbone, {layer: "early", "layer1": "late"})
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    assert isinstance(fused, Fused) == (layer != "bn1")
+    x = torch.randn(2, 3, 32, 32).double()
+    ours, theirs = fused(x), eager(x)
+    assert list(ours) == list(theirs)
+    for name in ("early", "late"):
+        # The ReLU that follows works in place on what eager has handed out.
+        assert_equal(ours[name].relu(), theirs[name].relu())
+
+
 def test_frozen_downsample():
     """The two norms of a tail in different modes: one normalises with running statistics."""
     torch.manual_seed(0)
