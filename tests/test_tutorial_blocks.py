@@ -15,7 +15,7 @@ import fusedskip
 from fusedskip import blocks, functional
 
 from . import eager_blocks
-from .support import assert_trains_alike, fused_calls, interpreted
+from .support import LAYOUTS, assert_trains_alike, fused_calls, interpreted, lay_out
 
 # The convolutional ones, by (in_channels, out_channels); SkipConnection's second are hidden.
 KINDS = (
@@ -509,3 +509,29 @@ def test_without_gradients(kind, training):
     x = torch.randn(2, 6, 4, 5)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), twin(x))
+
+
+@pytest.mark.parametrize("ending", ["norm and ReLU", "module"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_norm_at_the_end_of_skip_sequential_is_not_copied(backend, device, layout, ending):
+    """It is written where it belongs: eager's values and gradients, and no call of cat."""
+    norms = {"norm and ReLU": nn.BatchNorm2d(6), "module": fusedskip.BatchNormReLU2d(6)}
+    tail = [norms[ending], nn.ReLU()][: 2 if ending == "norm and ReLU" else 1]
+    fused = blocks.SkipSequential(nn.Conv2d(3, 6, 3, padding=1), *tail).double().to(device)
+    nn.init.uniform_(norms[ending].bias)
+    conv, norm = copy.deepcopy(fused[0]), nn.BatchNorm2d(6).double().to(device)
+    norm.load_state_dict(norms[ending].state_dict())
+    x = lay_out(torch.randn(2, 3, 5, 7, dtype=torch.float64, device=device), layout)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    with torch.profiler.profile() as profile:
+        ours = fused(leaves[0])
+    assert "aten::cat" not in {event.key for event in profile.key_averages()}
+    theirs = torch.cat([leaves[1], norm(conv(leaves[1])).relu()], dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    dout = torch.randn_like(theirs)
+    ours.backward(dout)
+    theirs.backward(dout)
+    pairs = [leaves, (fused[0].weight, conv.weight), (norms[ending].weight, norm.weight)]
+    for a, b in (*pairs, (norms[ending].bias, norm.bias)):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-10)
+    assert norms[ending].num_batches_tracked == 1
