@@ -57,7 +57,7 @@ struct BatchNormBackward {
   Dtype dtype;
   const void *dout, *x;
   const void* residual;  // what residual_norm normalised; null if that is absent
-  const uint8_t* mask;   // or null; never with residual_norm
+  const uint8_t* mask;   // or null, but not with residual_norm
   Norm norm, residual_norm;
   bool training, relu;
   void *dx, *dresidual;          // or null

@@ -19,7 +19,10 @@ _SHAPE = (3, 13, 5, 7)
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
 _SUMS = ("add_relu", "relu_add", "bias_add_relu")
-_NORMS = ("batch_norm_relu", "batch_norm_add", "batch_norm_add_relu", "dual_batch_norm_add_relu")
+_NORMS = (
+    "batch_norm_relu", "batch_norm_add", "batch_norm_add_relu", "dual_batch_norm_add_relu",
+    "cat_batch_norm_relu",
+)  # fmt: skip
 # Mean, variance, rstd, coefficients, product, sum: about so many roundings in a row, each of which
 # eager may have escaped by luck. In fp64, where eager is the reference, no more is allowed.
 _ROUNDINGS = 8
@@ -102,14 +105,21 @@ def _inputs(case: Case, device: str) -> dict[str, Tensor]:
     def normal(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    inputs = {"dout": normal(_SHAPE, case.dtype).contiguous(memory_format=case.layout)}
+    def activation(n_channels: int) -> Tensor:
+        shape = (_SHAPE[0], n_channels, *_SHAPE[2:])
+        return normal(shape, case.dtype).contiguous(memory_format=case.layout)
+
+    inputs = {}
+    n_results = 0  # channels of the result: those of x, and of what it is concatenated with
     for name in inspect.signature(getattr(functional, case.function)).parameters:
-        if name in ("x", "residual"):
-            inputs[name] = normal(_SHAPE, case.dtype).contiguous(memory_format=case.layout)
+        if name in ("x", "residual", "skip"):
+            inputs[name] = activation(_SHAPE[1])
+            n_results += 0 if name == "residual" else _SHAPE[1]
         elif name.endswith(("weight", "bias", "running_mean")):
             inputs[name] = normal(_SHAPE[1:2], ops.statistics_dtype(case.dtype))
         elif name.endswith("running_var"):
             inputs[name] = normal(_SHAPE[1:2], ops.statistics_dtype(case.dtype)).square() + 0.5
+    inputs["dout"] = activation(n_results)
     return inputs
 
 

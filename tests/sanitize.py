@@ -6,7 +6,7 @@ import torch
 
 import fusedskip
 
-from .support import FUNCTIONS, LAYOUTS, make_problem, run
+from .support import CAT, FUNCTIONS, LAYOUTS, make_problem, run
 
 # Rows of whole vectors and not, and several splits of a reduction. Other tests have had Triton
 # compile all of these, which here would take longer than the kernels.
@@ -17,12 +17,13 @@ CASES = [
 
 
 def main():
+    functions = (*FUNCTIONS, CAT)
     for backend in {"cuda", "triton"} & set(fusedskip.available_backends()):
         with fusedskip.use_backend(backend):
-            for (shape, dtype), function, layout in itertools.product(CASES, FUNCTIONS, LAYOUTS):
+            for (shape, dtype), function, layout in itertools.product(CASES, functions, LAYOUTS):
                 run(make_problem(function, shape, dtype, layout, "cuda"))
         torch.cuda.synchronize()
-        print(f"{backend}: {len(CASES) * len(FUNCTIONS) * len(LAYOUTS)} steps")
+        print(f"{backend}: {len(CASES) * len(functions) * len(LAYOUTS)} steps")
 
 
 if __name__ == "__main__":
