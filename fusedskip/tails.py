@@ -89,9 +89,9 @@ def plan_skip(
     return Plan(*steps, norm, shortcut_norm, act, relu, norms, bypassed)
 
 
-def may_run(plan: Plan) -> bool:
-    """Whether nothing forbids bypassing what the plan bypasses."""
-    return plan.obstacle() is None and not _has_any_global_hook()
+def may_run(plan: Plan, x: Tensor) -> bool:
+    """Whether nothing forbids bypassing what the plan bypasses; FX is shown the single modules."""
+    return plan.obstacle() is None and not _has_any_global_hook() and isinstance(x, Tensor)
 
 
 def kernels(plan: Plan) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ def skip_connection(
     """
     branch, shortcut = list(branch), list(shortcut)
     plan = plan_skip(branch, shortcut, act)
-    if may_run(plan):
+    if may_run(plan, x):
         return run_skip(plan, x, add=_add_same_shape)
     out = _add_same_shape(_call(branch, x), _call(shortcut, x))
     return out if act is None else act(out)
@@ -172,7 +172,7 @@ def chain(x: Tensor, modules: Iterable[nn.Module | None]) -> Tensor:
     """The modules called one after the other, fused as far as they allow it."""
     modules = list(modules)
     plan = plan_chain(modules)
-    if may_run(plan):
+    if may_run(plan, x):
         return run_chain(plan, x)
     return _call(modules, x)
 
@@ -220,7 +220,8 @@ def run_steps(steps: list[Step], x: Tensor) -> Tensor:
 
 
 def _add_same_shape(x: Tensor, residual: Tensor) -> Tensor:
-    check_same_shape(x, residual)
+    if isinstance(x, Tensor):  # FX traces with proxies, which have no shape to speak of
+        check_same_shape(x, residual)
     return x + residual
 
 

@@ -13,10 +13,14 @@ MAY_IMPORT = {
     "reference": set(),
     "ops": {"triton_kernels", "_C"},
     "backends": {"ops"},
-    "functional": {"backends", "reference", "ops"},
-    "modules": {"functional"},
+    "layout": set(),
+    "checks": set(),
+    "autograd": {"backends", "layout"},
+    "tracing": set(),
+    "functional": {"autograd", "backends", "checks", "layout", "reference", "tracing"},
+    "modules": {"functional", "tracing"},
     "tails": {"functional", "modules"},
-    "blocks": {"functional", "modules", "tails", "blocks"},
+    "blocks": {"functional", "modules", "tails", "tracing", "blocks"},
     "surgery": {"modules", "tails", "surgery"},
 }
 

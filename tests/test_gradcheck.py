@@ -1,9 +1,11 @@
-"""Analytic against numerical gradients in fp64, through the public functions."""
+"""Analytic against numerical first and second derivatives in fp64, through the public functions."""
 
 import pytest
 import torch
 
-from .support import CAT, FUNCTIONS, LAYOUTS, call, interpreted, make_problem
+import fusedskip
+
+from .support import CAT, FUNCTIONS, LAYOUTS, NORMS, call, interpreted, make_problem, run
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -25,3 +27,51 @@ def test_gradcheck(backend, device, function, layout, training, affine):
         (of_leaves(*leaves.values()) == 0).sum()
     )
     assert torch.autograd.gradcheck(of_leaves, tuple(leaves.values()))
+    if not interpreted(backend):  # below the first derivative, no backend has code of its own
+        assert torch.autograd.gradgradcheck(of_leaves, tuple(leaves.values()))
+
+
+def penalised(problem):
+    """The gradients of a problem, and those of their squared norm: a gradient penalty."""
+    leaves = problem.leaves()
+    out = call(problem, **leaves, **problem.buffers())
+    grads = torch.autograd.grad(out, list(leaves.values()), problem.dout, create_graph=True)
+    sum(grad.square().sum() for grad in grads if grad.requires_grad).backward()
+    first = {f"d{name}": grad.detach() for name, grad in zip(leaves, grads, strict=True)}
+    return first, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("function", [*NORMS, CAT])
+def test_gradient_penalty(backend, device, function, training, dtype, param_dtype):
+    """What is penalised are the gradients of the kernels, and its own gradients those of torch."""
+    if interpreted(backend) and param_dtype != torch.float64:
+        pytest.skip("too slow interpreted; the dtypes are torch's affair, and tested on cpu")
+    problem = make_problem(
+        function, (3, 9, 5, 3), dtype, "channels_last", device, training, param_dtype=param_dtype
+    )
+    first, second = penalised(problem)
+    for name, value in run(problem).items():
+        if name in first:
+            eps = torch.finfo(value.dtype).eps
+            assert (first[name] - value).abs().max() <= 4 * eps * value.abs().max()
+    with fusedskip.use_backend("eager"):
+        _, eager = penalised(problem)
+        _, truth = penalised(problem.double())
+    for name, want in truth.items():
+        if name not in second:  # it has no part in the penalty
+            assert not want.any(), name
+            continue
+        assert second[name].dtype == eager[name].dtype
+        ours, theirs = ((t[name].cpu().double() - want).norm() for t in (second, eager))
+        # fp64 has itself for truth, so that eager is not off at all: hence the eight units.
+        assert ours <= 2 * theirs + 8 * torch.finfo(eager[name].dtype).eps * want.norm(), name

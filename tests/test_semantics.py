@@ -201,17 +201,6 @@ def test_inputs_are_not_changed(backend, device, function):
     assert all(torch.equal(tensors[name], before[name]) for name in tensors)
 
 
-@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
-def test_double_backward_is_refused(backend, device, function):
-    """An error, until it is supported: a silent zero would be a wrong gradient."""
-    problem = make_problem(function, (2, 3, 2, 2), torch.float64, device=device)
-    leaves = problem.leaves()
-    out = call(problem, **leaves, **problem.buffers())
-    (dx,) = torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def strided_views(shape, dtype, device):
     """Tensors of one shape laid out in every way that a user's network might."""
     n, c, h, w = shape

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from fusedskip import functional
 from fusedskip.modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, apply_cat_norm
 from fusedskip.tails import chain, is_exactly, may_run, plan_chain, run_steps
+from fusedskip.tracing import leaf
 
 _NORM_RELUS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d)
 
@@ -42,9 +43,10 @@ class SkipSequential(nn.Sequential):
         ValueError: in forward, layers that change more than the channels.
     """
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         plan = plan_chain(self)
-        if plan.branch and may_run(plan):
+        if plan.branch and may_run(plan, x):
             steps, (norm, relu) = plan.branch[:-1], plan.branch[-1]
             if relu is not None or is_exactly(_NORM_RELUS, norm):
                 out = run_steps(steps, x)
@@ -91,6 +93,7 @@ class SkipConnectionBlockConcat(nn.Module):
         self.conv2 = nn.Conv2d(width, width, kernel_size=3, padding=1)
         self.concat_projection = nn.Conv2d(width + in_channels, out_channels, kernel_size=1)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"x: expected shape (N, C, H, W), got {tuple(x.shape)}")
@@ -173,6 +176,7 @@ class SkipConnectionRNN(nn.Module):
     def forward(self, x: Tensor, lengths: Tensor | Sequence[int] | None = None) -> Tensor: ...
     @overload
     def forward(self, x: PackedSequence, lengths: None = None) -> PackedSequence: ...
+    @leaf
     def forward(
         self, x: Tensor | PackedSequence, lengths: Tensor | Sequence[int] | None = None
     ) -> Tensor | PackedSequence:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fusedskip import functional
 from fusedskip.tails import check_same_shape, is_exactly, skip_connection
+from fusedskip.tracing import leaf
 
 
 def _shortcut(in_channels: int, out_channels: int) -> nn.Module:
@@ -93,6 +94,7 @@ class SkipConnection(nn.Module):
         self.conv_layer2 = nn.Conv2d(hidden_channels, in_channels, kernel_size, stride, padding)
         self.relu2 = nn.ReLU(inplace=True)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv_layer2(self.relu(self.conv_layer1(x)))
         fused = is_exactly(nn.ReLU, self.relu2) and out.dtype == x.dtype  # not under autocast
@@ -125,6 +127,7 @@ class SkipConnectionBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.skip_projection = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         conv, projection = self.conv2, self.skip_projection
         bypassable = is_exactly(nn.Conv2d, conv, projection) and is_exactly(nn.ReLU, self.relu)

@@ -74,8 +74,8 @@ class Fused(nn.Module):
             return f"no kernel computes {_activations(module)}"
         return None
 
-    def _may_run(self, plan: Plan) -> bool:
-        return self.changed is None and tails.may_run(plan)
+    def _may_run(self, plan: Plan, x: Tensor) -> bool:
+        return self.changed is None and tails.may_run(plan, x)
 
 
 class FusedChain(Fused):
@@ -99,7 +99,7 @@ class FusedChain(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self.plan_of(self)
-        return tails.run_chain(plan, x) if self._may_run(plan) else super().forward(x)
+        return tails.run_chain(plan, x) if self._may_run(plan, x) else super().forward(x)
 
 
 class FusedSkip(Fused):
@@ -131,7 +131,7 @@ class FusedSkip(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self.plan_of(self)
-        if self._may_run(plan):
+        if self._may_run(plan, x):
             return tails.run_skip(plan, x, add=Tensor.add_ if self.inplace else Tensor.add)
         return super().forward(x)
 

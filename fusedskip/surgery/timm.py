@@ -35,7 +35,7 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d, forward="aab01662c2e6"):
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self.plan_of(self)
-        if plan.branch and self._may_run(plan):
+        if plan.branch and self._may_run(plan, x):
             return apply_norm(self, x, None, relu=True)
         return super().forward(x)
 
@@ -90,7 +90,7 @@ class FusedResNet(Fused, resnet.ResNet, forward_features="b3983db7730c"):
 
     def forward_features(self, x: Tensor) -> Tensor:
         plan = self.plan_of(self)
-        if not self._may_run(plan):
+        if not self._may_run(plan, x):
             return super().forward_features(x)
         x = tails.run_chain(plan, x)
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
@@ -177,7 +177,7 @@ class FusedBottle2neck(_FusedScales, res2net.Bottle2neck, forward="168a6143acc4"
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self.plan_of(self)
-        return self._run_scales(plan, x, x) if self._may_run(plan) else super().forward(x)
+        return self._run_scales(plan, x, x) if self._may_run(plan, x) else super().forward(x)
 
 
 class _FusedDla(FusedSkip):
@@ -185,7 +185,7 @@ class _FusedDla(FusedSkip):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
         plan = self.plan_of(self)
-        if self._may_run(plan):
+        if self._may_run(plan, x):
             return tails.run_skip(plan, x, shortcut)
         return super().forward(x, shortcut, children)  # type: ignore[call-arg]
 
@@ -209,7 +209,7 @@ class FusedDlaBottle2neck(_FusedScales, dla.DlaBottle2neck, forward="b9e18ad8018
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
         plan = self.plan_of(self)
-        if self._may_run(plan):
+        if self._may_run(plan, x):
             return self._run_scales(plan, x, x if shortcut is None else shortcut)
         return super().forward(x, shortcut, children)  # type: ignore[call-arg]
 
@@ -225,7 +225,7 @@ class FusedDlaRoot(Fused, dla.DlaRoot, forward="213e409ad18a"):
 
     def forward(self, x_children: list[Tensor]) -> Tensor:
         plan = self.plan_of(self)
-        if not self._may_run(plan):
+        if not self._may_run(plan, x_children[0]):
             return super().forward(x_children)
         x = torch.cat(x_children, 1)
         return tails.run_skip(plan, x, x_children[0]) if self.shortcut else tails.run_chain(plan, x)

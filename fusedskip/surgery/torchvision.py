@@ -42,7 +42,7 @@ class FusedResNet(Fused, resnet.ResNet, _forward_impl="9c951761811f"):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         plan = self.plan_of(self)
-        if not self._may_run(plan):
+        if not self._may_run(plan, x):
             return super()._forward_impl(x)
         x = tails.run_chain(plan, x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -116,7 +116,7 @@ class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b028
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         plan = self.plan_of(self)
-        if not self._may_run(plan) or not self._finds_layers(self, plan):
+        if not self._may_run(plan, x) or not self._finds_layers(self, plan):
             return super().forward(x)
         names = {self[name]: out_name for name, out_name in self.return_layers.items()}
         out = OrderedDict()

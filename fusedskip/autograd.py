@@ -1,0 +1,318 @@
+"""The autograd Functions: kernels forward and backward, torch's own operators below that.
+
+A backward pass that is itself differentiated (`create_graph=True`) is written in operators that
+torch can differentiate; one that is not, and pays nothing for it, is kernels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedskip.backends import KERNELS
+from fusedskip.layout import dense, laid_out_like, strided
+
+
+class AddReLU(torch.autograd.Function):
+    """`relu(x + residual)`, or `relu_first`: `relu(x) + residual`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, relu_first: bool, backend: str) -> Tensor:
+        x = dense(x)
+        out, mask = KERNELS[backend].add_relu(x, laid_out_like(residual, x), relu_first, True)
+        ctx.save_for_backward(mask)
+        ctx.strides, ctx.relu_first, ctx.backend = out.stride(), relu_first, backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        dense_dout = strided(dout, ctx.strides)
+        if _is_differentiated():
+            with torch.no_grad():
+                ones = torch.ones_like(dense_dout)
+                passes = KERNELS[ctx.backend].add_relu_backward(ones, mask)
+            dx = dout * passes
+        else:
+            dx = KERNELS[ctx.backend].add_relu_backward(dense_dout, mask)
+        return dx, dout if ctx.relu_first else dx, None, None
+
+
+def shift(
+    backend: str, x: Tensor, residual: Tensor, bias: Tensor, save_mask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`relu(x + residual + bias)`: the norm in evaluation, of mean 0, variance 1 and no weight."""
+    return KERNELS[backend].batch_norm(
+        x, residual, None, bias, None, None, False, 0.0, 0.0, True, save_mask
+    )
+
+
+class BiasAddReLU(torch.autograd.Function):
+    """`relu(x + residual + bias)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, bias: Tensor, backend: str) -> Tensor:
+        x = dense(x)
+        out, *saved = shift(backend, x, laid_out_like(residual, x), bias, save_mask=True)
+        ctx.save_for_backward(bias, *saved)
+        ctx.strides, ctx.backend = out.stride(), backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        bias, mask, mean, rstd = ctx.saved_tensors
+        need_x, need_residual, need_bias, _ = ctx.needs_input_grad
+        dout = strided(dout, ctx.strides)
+        # x only matters to the gradient of a weight, and there is none.
+        if _is_differentiated():
+            dx = dout * _passes(ctx.backend, dout, mask, None, bias, mean, rstd)
+            dbias = dx.transpose(0, 1).flatten(1).sum(1, dtype=bias.dtype)
+        else:
+            dx, _, _, dbias = KERNELS[ctx.backend].batch_norm_backward(
+                dout, dout, mask, None, bias, mean, rstd, False, True,
+                need_x or need_residual, False, need_bias,
+            )  # fmt: skip
+        return (
+            dx if need_x else None,
+            dx if need_residual else None,
+            dbias if need_bias else None,
+            None,
+        )
+
+
+class BatchNorm(torch.autograd.Function):
+    """`relu?(bn(x) + residual?)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        relu: bool,
+        backend: str,
+    ) -> Tensor:
+        dense_x = dense(x)
+        residual = None if residual is None else laid_out_like(residual, dense_x)
+        save_mask = relu and residual is not None
+        out, mask, mean, rstd = KERNELS[backend].batch_norm(
+            dense_x, residual, weight, bias, running_mean, running_var,
+            training, momentum, eps, relu, save_mask,
+        )  # fmt: skip
+        # A residual alone wants its gradient: the mask is all it takes.
+        only_residual = save_mask and not any(ctx.needs_input_grad[i] for i in (0, 2, 3))
+        ctx.save_for_backward(
+            None if only_residual else x,
+            mask if save_mask else None,
+            weight,
+            bias,
+            mean,
+            rstd,
+        )
+        ctx.training, ctx.relu, ctx.backend = training, relu, backend
+        ctx.strides = out.stride()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, mask, weight, bias, mean, rstd = ctx.saved_tensors
+        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+        dout = strided(dout, ctx.strides)
+        x = dout if x is None else x
+        if _is_differentiated():
+            dresidual = dout
+            if ctx.relu:
+                dresidual = dout * _passes(ctx.backend, x, mask, weight, bias, mean, rstd)
+            dx, dweight, dbias = _norm_gradients(
+                dresidual, x, weight, mean, rstd, ctx.training, (need_x, need_weight, need_bias)
+            )
+        else:
+            dx, dresidual, dweight, dbias = KERNELS[ctx.backend].batch_norm_backward(
+                dout, dense(x), mask, weight, bias, mean, rstd, ctx.training, ctx.relu,
+                need_x, need_residual and ctx.relu, need_weight or need_bias,
+            )  # fmt: skip
+            if not ctx.relu:
+                dresidual = dout
+        return (
+            dx if need_x else None,
+            dresidual if need_residual else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            *(None,) * 7,
+        )
+
+
+class CatBatchNormReLU(torch.autograd.Function):
+    """`cat([skip, relu(bn(x))], dim=1)`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        skip: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        backend: str,
+    ) -> Tensor:
+        dense_x, n_skip = dense(x), skip.shape[1]
+        n_channels = n_skip + x.shape[1]
+        if dense_x.is_contiguous():
+            out = x.new_empty((x.shape[0], n_channels, *x.shape[2:]))
+        else:
+            out = x.new_empty((x.shape[0], *x.shape[2:], n_channels)).movedim(-1, 1)
+        out[:, :n_skip].copy_(skip)
+        mean, rstd = KERNELS[backend].batch_norm_relu_into(
+            dense_x, weight, bias, running_mean, running_var, out[:, n_skip:],
+            training, momentum, eps,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.training, ctx.n_skip, ctx.backend = training, n_skip, backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
+        dnorm = dout[:, ctx.n_skip :]
+        if _is_differentiated():
+            dx, dweight, dbias = _norm_gradients(
+                dnorm * _passes(ctx.backend, x, None, weight, bias, mean, rstd),
+                x, weight, mean, rstd, ctx.training, (need_x, need_weight, need_bias),
+            )  # fmt: skip
+        else:
+            dense_x = dense(x)
+            dx, _, dweight, dbias = KERNELS[ctx.backend].batch_norm_backward(
+                laid_out_like(dnorm, dense_x), dense_x, None, weight, bias, mean, rstd,
+                ctx.training, True, need_x, False, need_weight or need_bias,
+            )  # fmt: skip
+        return (
+            dx if need_x else None,
+            dout[:, : ctx.n_skip] if need_skip else None,
+            dweight if need_weight else None,
+            dbias if need_bias else None,
+            *(None,) * 6,
+        )
+
+
+class DualBatchNorm(torch.autograd.Function):
+    """`relu(bn(x) + bn'(residual))`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual_weight: Tensor | None,
+        residual_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        residual_running_mean: Tensor | None,
+        residual_running_var: Tensor | None,
+        training: bool,
+        momentum: float,
+        eps: float,
+        residual_momentum: float,
+        residual_eps: float,
+        backend: str,
+    ) -> Tensor:
+        dense_x = dense(x)
+        out, mask, mean, rstd = KERNELS[backend].dual_batch_norm(
+            dense_x, laid_out_like(residual, dense_x), weight, bias, running_mean, running_var,
+            residual_weight, residual_bias, residual_running_mean, residual_running_var,
+            training, momentum, eps, residual_momentum, residual_eps, True,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            x, residual, mask, weight, bias, residual_weight, residual_bias, mean, rstd
+        )
+        ctx.training, ctx.backend, ctx.strides = training, backend, out.stride()
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, residual, mask, *parameters, mean, rstd = ctx.saved_tensors
+        weight, _, residual_weight, _ = parameters
+        needed = ctx.needs_input_grad[:6]
+        need_x, need_residual, *need_parameters = needed
+        dout = strided(dout, ctx.strides)
+        if _is_differentiated():
+            # The mask alone says what passes.
+            g = dout * _passes(ctx.backend, dout, mask, None, None, mean[0], rstd[0])
+            dx, dweight, dbias = _norm_gradients(
+                g, x, weight, mean[0], rstd[0], ctx.training, (need_x, *need_parameters[:2])
+            )
+            dresidual, residual_dweight, residual_dbias = _norm_gradients(
+                g, residual, residual_weight, mean[1], rstd[1],
+                ctx.training, (need_residual, *need_parameters[2:]),
+            )  # fmt: skip
+            gradients = dx, dresidual, dweight, dbias, residual_dweight, residual_dbias
+        else:
+            dense_x = dense(x)
+            gradients = KERNELS[ctx.backend].dual_batch_norm_backward(
+                dout, dense_x, laid_out_like(residual, dense_x), mask, *parameters, mean, rstd,
+                ctx.training, need_x, need_residual, any(need_parameters),
+            )  # fmt: skip
+        return (
+            *(
+                g if need else None
+                for g, need in zip(gradients, ctx.needs_input_grad[:6], strict=True)
+            ),
+            *(None,) * 10,
+        )
+
+
+def _is_differentiated() -> bool:
+    """Whether this backward pass has to be differentiable."""
+    # torch.compile traces backward passes with gradients enabled, and never differentiates them.
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _passes(
+    backend: str,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+) -> Tensor:
+    """1 where ReLU passed, else 0, like `x`: the gradient of the kernels' gate, a constant."""
+    with torch.no_grad():
+        x = dense(x)
+        return KERNELS[backend].batch_norm_backward(
+            torch.ones_like(x), x, mask, weight, bias, mean, rstd, False, True, False, True, False
+        )[1]
+
+
+def _norm_gradients(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a batch norm's `x`, `weight` and `bias`, in a differentiable operator."""
+    dtype = mean.dtype  # 16-bit parameters are more than that operator takes
+    dtypes = x.dtype, dtype if weight is None else weight.dtype
+    scale = torch.ones_like(mean) if weight is None else weight.to(dtype)
+    gradients = torch.ops.aten.native_batch_norm_backward(
+        g.to(dtype), x.to(dtype), scale, mean, rstd.pow(-2), mean, rstd, training, 0.0, needed
+    )
+    return tuple(
+        None if gradient is None else gradient.to(to)
+        for gradient, to in zip(gradients, (*dtypes, dtypes[1]), strict=True)
+    )

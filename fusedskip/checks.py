@@ -1,0 +1,121 @@
+"""What the public functions demand of their arguments; every message names the argument."""
+
+import torch
+from torch import Tensor
+
+# The dtypes of activations, and which of parameters and buffers go with them.
+_DTYPES = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
+
+
+def check_activation(x: Tensor) -> None:
+    """Raise `TypeError` unless kernels take tensors like `x`."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"x: expected dtype float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
+
+
+def check_residual(residual: Tensor, x: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `residual` is like `x`."""
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}"
+        )
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual: expected dtype {x.dtype} like x, got {residual.dtype}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
+
+
+def check_skip(skip: Tensor, x: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `skip` is like `x` but for its channels."""
+    if skip.shape[:1] + skip.shape[2:] != x.shape[:1] + x.shape[2:] or skip.dim() != x.dim():
+        raise ValueError(
+            f"skip: expected shape {tuple(x.shape)} of x but for the channels, "
+            f"got {tuple(skip.shape)}"
+        )
+    if skip.dtype != x.dtype:
+        raise TypeError(f"skip: expected dtype {x.dtype} like x, got {skip.dtype}")
+    if skip.device != x.device:
+        raise ValueError(f"skip: expected device {x.device} like x, got {skip.device}")
+
+
+def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
+    if vector.shape != x.shape[1:2]:
+        return ValueError(
+            f"{name}: expected shape ({x.shape[1]},) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(vector.shape)}"
+        )
+    if vector.dtype not in _DTYPES[x.dtype]:
+        expected = " or ".join(str(dtype) for dtype in _DTYPES[x.dtype])
+        return TypeError(
+            f"{name}: expected dtype {expected} for x of {x.dtype}, got {vector.dtype}"
+        )
+    return ValueError(f"{name}: expected device {x.device} like x, got {vector.device}")
+
+
+def check_channel_vectors(x: Tensor, **vectors: Tensor | None) -> None:
+    """Raise `TypeError` or `ValueError` unless each is one number a channel of `x`, or None."""
+    channels, device, dtypes = x.shape[1:2], x.device, _DTYPES[x.dtype]
+    for name, vector in vectors.items():
+        if vector is not None and not (
+            vector.shape == channels and vector.dtype in dtypes and vector.device == device
+        ):
+            raise _channel_vector_error(name, vector, x)
+
+
+def check_channels(x: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `x` is an activation `(N, C, *)`."""
+    check_activation(x)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
+
+
+def check_statistics(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    prefix: str = "",
+) -> None:
+    """Raise `ValueError` unless there are the statistics that the mode needs."""
+    names = f"{prefix}running_mean, {prefix}running_var"
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(f"{names}: expected both or neither")
+    if training:
+        if eps <= 0:
+            raise ValueError(f"{prefix}eps: expected a positive number when training, got {eps}")
+    else:
+        if eps < 0:
+            raise ValueError(f"{prefix}eps: expected a number not below 0, got {eps}")
+        if running_mean is None:
+            raise ValueError(f"{names}: expected tensors when not training")
+
+
+def check_batch_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+) -> None:
+    """Raise `TypeError` or `ValueError` unless the arguments of a `batch_norm_*` function fit."""
+    check_channels(x)
+    if residual is not None:
+        check_residual(residual, x)
+    check_channel_vectors(
+        x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
+    check_statistics(running_mean, running_var, training, eps)
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
+        )

@@ -1,0 +1,40 @@
+"""Dense tensors: what kernels take, made of any strided tensor."""
+
+import torch
+from torch import Tensor
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def dense(x: Tensor) -> Tensor:
+    """`x` if it fills its memory as `(N, C, *)` or `(N, *, C)`, else a copy that does."""
+    if x.is_contiguous():
+        return x
+    memory_format = _CHANNELS_LAST.get(x.dim())
+    if memory_format is None:
+        # (N, L, C) read as (N, C, L), the usual 1-D network.
+        if x.dim() == 3 and x.transpose(1, 2).is_contiguous():
+            return x
+        return x.contiguous()
+    if x.is_contiguous(memory_format=memory_format):
+        return x
+    # A slice of a channels-last tensor stays one, as in F.batch_norm.
+    strides = [x.stride(d) for d in (0, *range(2, x.dim()), 1)]
+    channels_last = strides[-1] == 1 and strides == sorted(strides, reverse=True)
+    channels_last = channels_last and strides[-2] >= x.shape[1]
+    return x.contiguous(memory_format=memory_format if channels_last else torch.contiguous_format)
+
+
+def laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:
+    """`tensor`, or a copy of it with the strides of the dense tensor `x` of the same shape."""
+    return strided(tensor, x.stride())
+
+
+def strided(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`tensor`, or a copy of it with these strides."""
+    if tensor.stride() == strides or all(
+        size == 1 or have == want
+        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    ):
+        return tensor
+    return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)
