@@ -63,6 +63,7 @@ class Part:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         self.seconds = time.monotonic() - start
         lines = self.log.read_bytes()[offset:].decode(errors="replace").splitlines()
         said = next((line for line in reversed(lines) if line.strip()), "").strip("= ")
