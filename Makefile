@@ -55,8 +55,12 @@ gpu: OUT ?= gpu-results
 gpu:  ## build, test and measure on this machine's GPU; OUT=dir is where the results go
 	$(PYTHON) -m benchmarks.gpu '$(OUT)'
 
-wheel: $(INSTALLED)  ## build dist/*.tar.gz and, from it, dist/*.whl
+# The wheel's tag is in the pattern: one that is for this Python alone fails here.
+wheel: $(INSTALLED)  ## build dist/*.tar.gz and, from it, dist/*.whl; TORCH=2.11.0 also tries that torch
+	rm -rf dist
 	python -m build --no-isolation
+	abi3audit --strict --summary dist/*-cp310-abi3-*.whl
+	$(if $(TORCH),FUSEDSKIP_TEST_TORCH=$(TORCH) python -m pytest tests/test_wheel.py)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist *.egg-info $(EXTENSION) .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
