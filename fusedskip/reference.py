@@ -22,7 +22,7 @@ def relu_add(x: Tensor, residual: Tensor) -> Tensor:
 def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     """`relu(x + residual + bias)`, `bias` a number a channel."""
     wide = bias.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
-    return torch.add(x, residual).add_(wide).relu_()
+    return _add(torch.add(x, residual), wide).relu_()
 
 
 def batch_norm(
@@ -40,7 +40,7 @@ def batch_norm(
     """`relu?(batch_norm(x) + residual?)`, the expression behind every `batch_norm_*` function."""
     out = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     if residual is not None:
-        out = out.add_(residual)
+        out = _add(out, residual)
     return out.relu_() if relu else out
 
 
@@ -83,4 +83,9 @@ def dual_batch_norm_add_relu(
         residual, residual_running_mean, residual_running_var, residual_weight, residual_bias,
         training, residual_momentum, residual_eps,
     )  # fmt: skip
-    return out.add_(normalised).relu_()
+    return _add(out, normalised).relu_()
+
+
+def _add(out: Tensor, other: Tensor) -> Tensor:
+    """`out + other`, in place but under vmap, where it may be `other` alone that has a batch."""
+    return out + other if torch._C._are_functorch_transforms_active() else out.add_(other)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 
 import fusedskip
 
-from .support import BACKENDS, device_of, parameter
+from .support import BACKENDS, device_of, interpreted, parameter
 
 # Interpreted kernels take as long as they take, and a GPU takes a second to start.
 settings.register_profile(
@@ -28,6 +28,13 @@ def backend(request):
     """Every backend with kernels of its own, active for the test. Its tensors live on `device`."""
     with fusedskip.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def compiled_backend(backend):
+    """Those that are not interpreted: for whole networks, and what lies above kernels."""
+    if interpreted(backend):
+        pytest.skip("interpreted Triton is too slow; what is tested is the same for all backends")
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ class PlainResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.shortcut = _shortcut(in_channels, out_channels)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.relu(self.conv1(x)))
         residual = self.shortcut(x)
