@@ -52,6 +52,27 @@ struct BatchNormForward {
   uint8_t* mask;      // or null
 };
 
+// What a rank has of a batch: of each channel of x the mean, then of each M2 = Σ(x - mean)², then
+// the number of elements a channel. These moments are in statistics precision.
+struct BatchNormStats {
+  View view;
+  Dtype dtype;
+  const void* x;
+  void* moments;
+};
+
+// The statistics of a batch from the moments of its parts, a row from each rank, zeros where a rank
+// has no elements.
+struct BatchNormMerge {
+  int64_t n_ranks, n_channels;
+  Dtype dtype;  // of the moments and of all results
+  const void* moments;
+  ChannelVector running_mean, running_var;  // or absent
+  double momentum;
+  void *mean, *var;  // biased
+  void* count;       // one number: the elements of a channel
+};
+
 struct BatchNormBackward {
   View view;
   Dtype dtype;
@@ -59,6 +80,9 @@ struct BatchNormBackward {
   const void* residual;  // what residual_norm normalised; null if that is absent
   const uint8_t* mask;   // or null, but not with residual_norm
   Norm norm, residual_norm;
+  // In training, where x is a part of the batch: over the whole of it, the mean of g of each
+  // channel, then of each that of g·x̂. In statistics precision, or null; not with residual_norm.
+  const void* means;
   bool training, relu;
   void *dx, *dresidual;          // or null
   ChannelVector dweight, dbias;  // or absent
@@ -68,7 +92,8 @@ struct BatchNormBackward {
   // Σg and Σg·x̂ are gradients of their own, and in training every element of dx needs them; with
   // residual_norm, so does every element of dresidual.
   constexpr bool reduces() const {
-    return need_dparams || (training && (dx || (residual_norm.present() && dresidual)));
+    const bool needs_means = training && (dx || (residual_norm.present() && dresidual));
+    return need_dparams || (needs_means && !means);
   }
 };
 

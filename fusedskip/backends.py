@@ -27,6 +27,9 @@ class Backend:
     batch_norm_relu_into: Callable[..., Any]
     dual_batch_norm: Callable[..., Any]
     dual_batch_norm_backward: Callable[..., Any]
+    batch_norm_stats: Callable[..., Any]
+    batch_norm_merge: Callable[..., Any]
+    batch_norm_backward_apply: Callable[..., Any]
 
 
 def _from_namespace(name: str, namespace: str) -> Backend:
@@ -40,6 +43,9 @@ def _from_namespace(name: str, namespace: str) -> Backend:
         batch_norm_relu_into=raw.batch_norm_relu_into.default,
         dual_batch_norm=raw.dual_batch_norm.default,
         dual_batch_norm_backward=raw.dual_batch_norm_backward.default,
+        batch_norm_stats=raw.batch_norm_stats.default,
+        batch_norm_merge=raw.batch_norm_merge.default,
+        batch_norm_backward_apply=raw.batch_norm_backward_apply.default,
     )
 
 

@@ -63,6 +63,25 @@ _SCHEMAS = {
         "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, "
         "Tensor residual_dweight, Tensor residual_dbias)"
     ),
+    # A norm of a batch that is spread over ranks: the stages between which these communicate. Two
+    # of the four are above, with training=False: batch_norm by the merged mean and var, and
+    # batch_norm_backward for dweight and dbias alone.
+    #
+    # Of a rank's x: the mean of each channel, then M2, the sum of squared deviations, of each, then
+    # the number of elements a channel: (2C + 1,).
+    "batch_norm_stats": "(Tensor x) -> Tensor moments",
+    # moments has a row from each rank, zeros from one without elements. var is biased; count (1,).
+    "batch_norm_merge": (
+        "(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) "
+        "-> (Tensor mean, Tensor var, Tensor count)"
+    ),
+    # means, of the whole batch: of g, the gradient behind the ReLU, then of g * (x - mean) * rstd:
+    # (2C,).
+    "batch_norm_backward_apply": (
+        "(Tensor dout, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, "
+        "Tensor mean, Tensor rstd, Tensor means, bool relu, bool need_dx, bool need_dresidual) "
+        "-> (Tensor dx, Tensor dresidual)"
+    ),
 }
 
 
@@ -201,6 +220,36 @@ def _fake_dual_batch_norm_backward(
     )
 
 
+def _fake_batch_norm_stats(x: Tensor) -> Tensor:
+    return x.new_empty((2 * x.shape[1] + 1,), dtype=statistics_dtype(x.dtype))
+
+
+def _fake_batch_norm_merge(
+    moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = moments.new_empty((moments.shape[1] // 2,))
+    return mean, torch.empty_like(mean), moments.new_empty((1,))
+
+
+def _fake_batch_norm_backward_apply(
+    dout: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    means: Tensor,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(x) if need_dx else x.new_empty((0,)),
+        torch.empty_like(x) if need_dresidual else x.new_empty((0,)),
+    )
+
+
 def _fake_forward(
     x: Tensor, save_mask: bool, statistics: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -221,6 +270,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "batch_norm_relu_into": _fake_batch_norm_relu_into,
     "dual_batch_norm": _fake_dual_batch_norm,
     "dual_batch_norm_backward": _fake_dual_batch_norm_backward,
+    "batch_norm_stats": _fake_batch_norm_stats,
+    "batch_norm_merge": _fake_batch_norm_merge,
+    "batch_norm_backward_apply": _fake_batch_norm_backward_apply,
 }
 
 

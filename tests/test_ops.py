@@ -77,6 +77,20 @@ def test_opcheck_dual_batch_norm(backend, device, layout, training):
             )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck_synchronised_batch_norm(backend, device, layout):
+    kernels = backends.KERNELS[backend]
+    x, _, weight, bias, *running = batch_norm_arguments(SHAPES[2], layout, device, False, True)[:6]
+    torch.library.opcheck(kernels.batch_norm_stats, (x,))
+    moments = kernels.batch_norm_stats(x).expand(3, -1).contiguous()
+    torch.library.opcheck(kernels.batch_norm_merge, (moments, *running, 0.1))
+    mean, var, _ = kernels.batch_norm_merge(moments, None, None, 0.1)
+    torch.library.opcheck(
+        kernels.batch_norm_backward_apply,
+        (x, x, None, weight, bias, mean, var, torch.cat([mean, var]), True, True, False),
+    )
+
+
 def unpack(mask, row_length):
     """The bits of a mask as a bool tensor (rows, row_length), and those of its padding."""
     bits = (mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
@@ -181,6 +195,30 @@ class TestCompiledOperatorsGuardMemory:
             with pytest.raises(RuntimeError, match="mean, rstd: not those"):
                 self.kernels.dual_batch_norm_backward(
                     *dual[:1], *dual[:2], mask, *[None] * 4, *statistics, True, True, True, True
+                )
+
+    @pytest.mark.parametrize(
+        "moments", [torch.ones(7), torch.ones(2, 6), torch.ones(0, 7), torch.ones(2, 7).half()]
+    )
+    def test_moments(self, moments):
+        with pytest.raises(RuntimeError, match="moments: expected those"):
+            self.kernels.batch_norm_merge(moments, None, None, 0.1)
+
+    def test_running_statistics_of_moments(self):
+        with pytest.raises(RuntimeError, match="running_var: expected one number a channel"):
+            self.kernels.batch_norm_merge(torch.ones(2, 7), None, torch.ones(7), 0.1)
+        with pytest.raises(RuntimeError, match="running_mean: expected float64"):
+            self.kernels.batch_norm_merge(torch.ones(2, 7), torch.ones(3).double(), None, 0.1)
+
+    def test_stats_of_nothing(self):
+        with pytest.raises(RuntimeError, match="x: expected elements"):
+            self.kernels.batch_norm_stats(self.x[:0])
+
+    def test_means(self):
+        for means in (torch.ones(5), torch.ones(6).double()):
+            with pytest.raises(RuntimeError, match="means: expected two a channel"):
+                self.kernels.batch_norm_backward_apply(
+                    self.x, self.x, None, None, None, *torch.ones(2, 3), means, True, True, True
                 )
 
     def test_strided_x(self):

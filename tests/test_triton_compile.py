@@ -38,6 +38,8 @@ WHOLE_VECTORS, SCALARS = (32, 256, 28, 28), (32, 131, 15, 15)
 NO_NORM = (None,) * 4
 FLOATS = ("fp16", "bf16", "fp32", "fp64")
 STAGES = {f"batch_norm_{stage}_kernel" for stage in ("stats", "apply", "bwd_reduce", "bwd_apply")}
+# These work on numbers a channel alone.
+CHANNEL_KERNELS = {"batch_norm_moments_kernel", "batch_norm_merge_kernel"}
 
 
 @pytest.mark.parametrize(("capability", "dtypes"), JOBS)
@@ -61,8 +63,9 @@ def test_compiled(capability, dtypes, tmp_path):
         if binary["dtype"] != "float64":
             check_accesses(binary)
     if (capability, dtypes) == JOBS[0]:
-        long = {(b["kernel"], b["channels_last"]) for b in binaries if b["index_bits"] == 64}
+        long = {(b["kernel"], b["channels_last"]) for b in binaries if b["long"]}
         assert long == set(itertools.product(STAGES, (True, False)))
+        assert {binary["kernel"] for binary in binaries} == STAGES | CHANNEL_KERNELS
 
 
 def check_accesses(binary):
@@ -105,8 +108,8 @@ def compile_all(capability, dtypes):
                 "dtype": str(dtype).removeprefix("torch."),
                 "floats": [ty for ty in binary.src.signature.values() if ty in FLOATS],
                 "arguments": describe(arguments.arguments),
-                "index_bits": arguments.arguments["INDEX_DTYPE"].primitive_bitwidth,
-                "channels_last": arguments.arguments["CHANNELS_LAST"],
+                "long": arguments.arguments.get("INDEX_DTYPE") == triton.language.int64,
+                "channels_last": arguments.arguments.get("CHANNELS_LAST"),
                 **expected_accesses(self.__name__, arguments.arguments),
                 **accesses(binary.asm["ptx"]),
                 **resources(binary.asm["cubin"], Path(triton.__file__).parent),
@@ -122,6 +125,7 @@ def compile_all(capability, dtypes):
         if (capability, dtypes) == JOBS[0]:
             for channels_last in (True, False):
                 call_the_rest(*make_problem(WHOLE_VECTORS, channels_last, dtype))
+                call_synchronised(*make_problem(WHOLE_VECTORS, channels_last, dtype))
             call_widest(*make_problem(WHOLE_VECTORS, True, dtype, dtype))
             call_with_64_bit_positions(dtype)
     return list(binaries.values())
@@ -192,6 +196,19 @@ def call_the_rest(x, norm, statistics):
             kernels.add_relu_backward(out, mask)
 
 
+def call_synchronised(x, norm, statistics):
+    """The stages that a norm over several ranks has of its own."""
+    from fusedskip.triton_kernels import ops as kernels
+
+    weight, bias, *running = norm
+    moments = kernels.batch_norm_stats(x).expand(3, -1).contiguous()
+    mean, rstd, _ = kernels.batch_norm_merge(moments, *running, 0.1)
+    _, mask, *_ = kernels.batch_norm(x, x, weight, bias, mean, rstd, False, 0.1, 1e-5, True, True)
+    kernels.batch_norm_backward_apply(
+        x, x, mask, weight, bias, mean, rstd, statistics.flatten(), True, True, True
+    )
+
+
 def call_with_64_bit_positions(dtype):
     """All stages in both layouts on 2**31 elements, of which none is ever touched."""
     from fusedskip.triton_kernels import ops as kernels
@@ -217,6 +234,8 @@ def describe(arguments):
 def expected_accesses(kernel, arguments):
     """The 16-byte accesses to activations that a thread makes for a tile, by the arguments."""
     a = arguments
+    if kernel in CHANNEL_KERNELS:
+        return {"kernel": kernel, "whole_vectors": False}
     tensor = a["x_ptr"] if "x_ptr" in a and a["x_ptr"] is not None else a["dout_ptr"]
     if kernel == "batch_norm_stats_kernel":
         reads, writes = 2, 0  # the first tile, and the loop

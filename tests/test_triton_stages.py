@@ -471,6 +471,17 @@ def test_mean_far_above_std(layout, tiles):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_stats_alone_are_those_of_forward(layout, tiles):
+    x = make((4, 9, 5, 3), torch.float32, layout, shift=1000.0)
+    norm = None, None, None, None
+    _, _, mean, rstd = triton_kernels.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
+    our_mean, m2, count = triton_kernels.batch_norm_stats(x).split([9, 9, 1])
+    assert count.tolist() == [4 * 5 * 3]
+    assert torch.equal(our_mean, mean)
+    torch.testing.assert_close((m2 / count + EPS).rsqrt(), rstd)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_runs_are_bitwise_equal(layout, tiles):
     x, residual, dout = (make((4, 3, 5, 3), torch.float32, layout) for _ in range(3))
     weight, bias, *_ = parameters(3, torch.float32)

@@ -11,7 +11,10 @@ from .ops import (
     add_relu_backward,
     batch_norm,
     batch_norm_backward,
+    batch_norm_backward_apply,
+    batch_norm_merge,
     batch_norm_relu_into,
+    batch_norm_stats,
     dual_batch_norm,
     dual_batch_norm_backward,
 )
@@ -21,7 +24,10 @@ __all__ = [
     "add_relu_backward",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_apply",
+    "batch_norm_merge",
     "batch_norm_relu_into",
+    "batch_norm_stats",
     "dual_batch_norm",
     "dual_batch_norm_backward",
 ]

@@ -23,6 +23,7 @@ from .tile import (
     relu_passes,
     tile_offsets,
     uniform,
+    update_running,
     whole_vectors,
 )
 
@@ -132,15 +133,6 @@ def finish_statistics(
         tl.store(rstd_ptr + channels, rstd, mask=channels < n_channels)
     a = load_channels(weight_ptr, channels, n_channels, 1.0, dtype) * rstd
     return mean, a, load_channels(bias_ptr, channels, n_channels, 0.0, dtype)
-
-
-@triton.jit
-def update_running(ptr, batch, momentum, channels, n_channels):
-    """(1 - momentum) * running + momentum * batch, in place, rounded once to the buffer's dtype."""
-    valid = channels < n_channels
-    running = tl.load(ptr + channels, mask=valid, other=0.0).to(batch.dtype)
-    running = (1 - momentum) * running + momentum * batch
-    tl.store(ptr + channels, running.to(batch.dtype).to(ptr.dtype.element_ty), mask=valid)
 
 
 class Norm(NamedTuple):

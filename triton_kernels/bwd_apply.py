@@ -21,7 +21,7 @@ from .tile import load_channels, load_partials, tile_offsets, uniform, whole_vec
 
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_apply_kernel(
-    dout_ptr, x_ptr, residual_ptr, mask_ptr, dx_ptr, dresidual_ptr, partials_ptr,
+    dout_ptr, x_ptr, residual_ptr, mask_ptr, dx_ptr, dresidual_ptr, partials_ptr, means_ptr,
     mean_ptr, rstd_ptr, residual_mean_ptr, residual_rstd_ptr,
     weight_ptr, bias_ptr, residual_weight_ptr,
     dweight_ptr, dbias_ptr, residual_dweight_ptr, residual_dbias_ptr,
@@ -33,7 +33,8 @@ def batch_norm_bwd_apply_kernel(
 ):  # fmt: skip
     """Outputs that are not wanted are None, and so is what only they would need.
 
-    The residual is given where it is normalised.
+    The residual is given where it is normalised, and the means, of g and g * (x - mean) * rstd of
+    each channel, where they are not those of the partials.
     """
     n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -64,6 +65,10 @@ def batch_norm_bwd_apply_kernel(
             # In bf16 channels-first 50 registers, else 120.
             k2, k3 = uniform(k2), uniform(k3)
             residual_k2, residual_k3 = uniform(residual_k2), uniform(residual_k3)
+    if means_ptr is not None:
+        mean_g = load_channels(means_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+        mean_gx = load_channels(means_ptr + n_channels, channels, n_channels, 0.0, ACC_DTYPE)
+        k2, k3 = -a * rstd * mean_gx, -a * mean_g
 
     if dx_ptr is not None or dresidual_ptr is not None:
         # From the last tile to the first: the end of what bwd_reduce read is still in L2.
@@ -135,17 +140,18 @@ def bwd_apply(
     rstd: torch.Tensor | None = None,
     parameters: Sequence[torch.Tensor | None] = (None, None),
     dparameters: Sequence[torch.Tensor | None] = (None, None),
+    means: torch.Tensor | None = None,
 ) -> None:
     """Fill those of dx, dresidual and dparameters that are given.
 
-    Partials are needed for dparameters, and in training for dx. Parameters are weight and bias, and
-    with a residual those of its norm; mean and rstd are then (2, n_channels).
+    Partials are needed for dparameters, and in training they or means for dx. Parameters are weight
+    and bias, and with a residual those of its norm; mean and rstd are then (2, n_channels).
     """
     n_programs = plan.n_programs if dx is not None or dresidual is not None else 1
     # The bias of the residual's norm decided on the mask alone, and there is one.
     weight, bias, residual_weight = (*parameters, None)[:3]
     batch_norm_bwd_apply_kernel[plan.channel_blocks, n_programs](
-        dout, x, residual, mask, dx, dresidual, partials,
+        dout, x, residual, mask, dx, dresidual, partials, means,
         mean, rstd, *(None if residual is None or s is None else s[1] for s in (mean, rstd)),
         weight, bias, residual_weight, *(*dparameters, None, None)[:4],
         plan.n_splits, *view,

@@ -9,6 +9,7 @@ from .apply import Norm, apply
 from .bwd_apply import bwd_apply
 from .bwd_reduce import bwd_reduce
 from .launch import View, plan, statistics_dtype
+from .moments import merge, moments
 from .stats import stats
 
 
@@ -198,8 +199,9 @@ def _backward(
     need_dx: bool,
     need_dresidual: bool,
     need_dparams: bool,
+    means: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The residual is given where it is normalised."""
+    """The residual is given where it is normalised, and means where x is a part of the batch."""
     view = View.of(x)
     chosen = plan(view, x.itemsize, 1 if residual is None else 2)
     dx = torch.empty_like(x) if need_dx else None
@@ -212,7 +214,7 @@ def _backward(
     needs_sums = need_dx or (need_dresidual and residual is not None)
     with torch.cuda.device_of(x):
         partials = None
-        if has_dparams or (training and needs_sums):
+        if has_dparams or (training and needs_sums and means is None):
             shape = (2 if residual is None else 3, chosen.n_splits, view.n_channels)
             partials = x.new_empty(shape, dtype=statistics_dtype(x))
             bwd_reduce(
@@ -221,6 +223,56 @@ def _backward(
         if has_dparams or need_dx or need_dresidual:
             bwd_apply(
                 dout, x, residual, mask, dx, dresidual, view, chosen, relu,
-                training, partials, mean, rstd, parameters, dparameters,
+                training, partials, mean, rstd, parameters, dparameters, means,
             )  # fmt: skip
     return tuple(x.new_empty(0) if g is None else g for g in (dx, dresidual, *dparameters))
+
+
+def batch_norm_stats(x: Tensor) -> Tensor:
+    """Return the moments of x: means (C,), M2 (C,) and the number of elements a channel."""
+    view = View.of(x)
+    chosen = plan(view, x.itemsize)
+    partials = x.new_empty((2, chosen.n_splits, view.n_channels), dtype=statistics_dtype(x))
+    row = partials.new_empty(2 * view.n_channels + 1)
+    with torch.cuda.device_of(x):
+        stats(x, None, partials, view, chosen)
+        moments(x, partials, row, view, chosen)
+    return row
+
+
+def batch_norm_merge(
+    moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean (C,), biased var (C,) and count (1,) from a row of moments from each rank.
+
+    Updates the running buffers.
+    """
+    mean = moments.new_empty(moments.shape[1] // 2)
+    var, count = torch.empty_like(mean), moments.new_empty(1)
+    with torch.cuda.device_of(moments):
+        merge(moments, running_mean, running_var, momentum, mean, var, count)
+    return mean, var, count
+
+
+def batch_norm_backward_apply(
+    dout: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    means: Tensor,
+    relu: bool,
+    need_dx: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, ...]:
+    """Return dx and dresidual; what is not needed has shape (0,).
+
+    means (2C,) are those of g, dout where ReLU passed, and of g * (x - mean) * rstd.
+    """
+    dx, dresidual, *_ = _backward(
+        dout, x, None, mask, (weight, bias), mean, rstd, True, relu,
+        need_dx, need_dresidual, False, means,
+    )  # fmt: skip
+    return dx, dresidual

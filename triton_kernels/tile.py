@@ -93,6 +93,15 @@ def load_channels(ptr, channels, n_channels, absent: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
+def update_running(ptr, batch, momentum, channels, n_channels):
+    """(1 - momentum) * running + momentum * batch, in place, rounded once to the buffer's dtype."""
+    valid = channels < n_channels
+    running = tl.load(ptr + channels, mask=valid, other=0.0).to(batch.dtype)
+    running = (1 - momentum) * running + momentum * batch
+    tl.store(ptr + channels, running.to(batch.dtype).to(ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
 def uniform(values):
     """Values a channel; of a single channel, laid out so that a tile of them takes one register."""
     if values.shape[0] == 1:

@@ -22,6 +22,8 @@ struct Cpu {
   }
   void batch_norm(const BatchNormForward& args) const { cpu::batch_norm(args); }
   void batch_norm_backward(const BatchNormBackward& args) const { cpu::batch_norm_backward(args); }
+  void batch_norm_stats(const BatchNormStats& args) const { cpu::batch_norm_stats(args); }
+  void batch_norm_merge(const BatchNormMerge& args) const { cpu::batch_norm_merge(args); }
 };
 
 STABLE_TORCH_LIBRARY_IMPL(fusedskip, CPU, m) { implement<Cpu>(m); }

@@ -35,6 +35,13 @@ class Cuda {
     const Tensor workspace = empty_workspace(cuda::workspace_size(args));
     check(cuda::batch_norm_backward(args, workspace.data_ptr(), stream_));
   }
+  void batch_norm_stats(const BatchNormStats& args) const {
+    const Tensor workspace = empty_workspace(cuda::workspace_size(args));
+    check(cuda::batch_norm_stats(args, workspace.data_ptr(), stream_));
+  }
+  void batch_norm_merge(const BatchNormMerge& args) const {
+    check(cuda::batch_norm_merge(args, stream_));
+  }
 
  private:
   static const Tensor& checked(const Tensor& x) {

@@ -3,7 +3,8 @@
 // Schemas stand in fusedskip/ops.py. The arguments come checked by fusedskip.functional; what is
 // checked again here is what memory safety needs of a caller that goes around it.
 //
-// A Device is made of x and launches: batch_norm(args), batch_norm_backward(args), add_relu(...),
+// A Device is made of x, or of the moments of one, and launches: batch_norm(args),
+// batch_norm_backward(args), batch_norm_stats(args), batch_norm_merge(args), add_relu(...),
 // add_relu_backward(...).
 
 #pragma once
@@ -122,15 +123,21 @@ inline int32_t raw_statistics_dtype(const Tensor& x) {
   return dtype_of(x) == Dtype::kFloat64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
 }
 
-inline ChannelVector channels(const OptionalTensor& tensor, const Tensor& x, const char* name) {
+// `like` is x, or the moments of one.
+inline ChannelVector channels(const OptionalTensor& tensor, int64_t n_channels, const Tensor& like,
+                              const char* name) {
   if (!tensor) return {};
   const Dtype dtype = dtype_of(*tensor);
-  STD_TORCH_CHECK(tensor->numel() == x.size(1) && tensor->dim() == 1 && tensor->is_contiguous() &&
-                      same_device(*tensor, x),
+  STD_TORCH_CHECK(tensor->numel() == n_channels && tensor->dim() == 1 && tensor->is_contiguous() &&
+                      same_device(*tensor, like),
                   name, ": expected one number a channel, contiguous, on the device of x");
-  STD_TORCH_CHECK(dtype == dtype_of(x) || dtype == statistics_of(dtype_of(x)), name,
-                  ": expected the dtype of x or that of its statistics");
+  STD_TORCH_CHECK(statistics_of(dtype) == statistics_of(dtype_of(like)), name,
+                  ": expected float64 where x is, and only there");
   return {tensor->data_ptr(), dtype};
+}
+
+inline ChannelVector channels(const OptionalTensor& tensor, const Tensor& x, const char* name) {
+  return channels(tensor, x.size(1), x, name);
 }
 
 // Statistics of `norms` batch norms of x: (C,), or (norms, C) where there are several.
@@ -140,13 +147,20 @@ inline Tensor empty_statistics(const Tensor& x, int64_t norms) {
   return empty_strided(x, dim, sizes + 2 - dim, strides + 2 - dim, raw_statistics_dtype(x));
 }
 
-// Row `norm` of such a tensor.
+// The data of such a tensor, which has `rows` at least.
+inline char* statistics_data(const Tensor& tensor, int64_t rows, const Tensor& x,
+                             const char* complaint) {
+  STD_TORCH_CHECK(dtype_of(tensor) == statistics_of(dtype_of(x)) && tensor.is_contiguous() &&
+                      tensor.numel() >= rows * x.size(1) && same_device(tensor, x),
+                  complaint);
+  return static_cast<char*>(tensor.data_ptr());
+}
+
+// Row `norm` of mean or rstd.
 inline ChannelVector statistics_row(const Tensor& tensor, int64_t norm, const Tensor& x) {
   const Dtype dtype = statistics_of(dtype_of(x));
-  STD_TORCH_CHECK(dtype_of(tensor) == dtype && tensor.is_contiguous() &&
-                      tensor.numel() >= (norm + 1) * x.size(1) && same_device(tensor, x),
-                  "mean, rstd: not those that forward returned");
-  return {static_cast<char*>(tensor.data_ptr()) + norm * x.size(1) * bytes(dtype), dtype};
+  char* data = statistics_data(tensor, norm + 1, x, "mean, rstd: not those that forward returned");
+  return {data + norm * x.size(1) * bytes(dtype), dtype};
 }
 
 // Norm `norm` of a call, its statistics in that row of mean and rstd.
@@ -243,6 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
       .mask = mask ? mask_data(*mask, x, view) : nullptr,
       .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
       .residual_norm = {},
+      .means = nullptr,
       .training = training,
       .relu = relu,
       .dx = need_dx ? dx.data_ptr() : nullptr,
@@ -368,6 +383,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backw
       .mask = bits,
       .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
       .residual_norm = norm_of(residual_weight, residual_bias, {}, {}, 0, 0, mean, rstd, 1, x),
+      .means = nullptr,
       .training = training,
       .relu = true,
       .dx = need_dx ? dx.data_ptr() : nullptr,
@@ -381,6 +397,83 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backw
   return {dx, dresidual, dweight, dbias, residual_dweight, residual_dbias};
 }
 
+template <typename Device>
+Tensor batch_norm_stats(const Tensor& x) {
+  const Device device(x);
+  STD_TORCH_CHECK(x.numel() > 0, "x: expected elements");
+  Tensor moments = empty_vector(x, 2 * x.size(1) + 1, raw_statistics_dtype(x));
+  device.batch_norm_stats({
+      .view = view_of(x),
+      .dtype = dtype_of(x),
+      .x = x.data_ptr(),
+      .moments = moments.data_ptr(),
+  });
+  return moments;
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor, Tensor> batch_norm_merge(const Tensor& moments,
+                                                    const OptionalTensor& running_mean,
+                                                    const OptionalTensor& running_var,
+                                                    double momentum) {
+  const Device device(moments);
+  const Dtype dtype = dtype_of(moments);
+  STD_TORCH_CHECK(moments.dim() == 2 && moments.numel() > 0 && moments.size(1) % 2 == 1 &&
+                      moments.is_contiguous() && dtype == statistics_of(dtype),
+                  "moments: expected those that batch_norm_stats returned, a row for each rank");
+  const int64_t n_channels = moments.size(1) / 2;
+  Tensor mean = empty_vector(moments, n_channels, raw_dtype(moments));
+  Tensor var = empty_vector(moments, n_channels, raw_dtype(moments));
+  Tensor count = empty_vector(moments, 1, raw_dtype(moments));
+  device.batch_norm_merge({
+      .n_ranks = moments.size(0),
+      .n_channels = n_channels,
+      .dtype = dtype,
+      .moments = moments.data_ptr(),
+      .running_mean = channels(running_mean, n_channels, moments, "running_mean"),
+      .running_var = channels(running_var, n_channels, moments, "running_var"),
+      .momentum = momentum,
+      .mean = mean.data_ptr(),
+      .var = var.data_ptr(),
+      .count = count.data_ptr(),
+  });
+  return {mean, var, count};
+}
+
+template <typename Device>
+std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dout, const Tensor& x,
+                                                     const OptionalTensor& mask,
+                                                     const OptionalTensor& weight,
+                                                     const OptionalTensor& bias, const Tensor& mean,
+                                                     const Tensor& rstd, const Tensor& means,
+                                                     bool relu, bool need_dx, bool need_dresidual) {
+  const Device device(x);
+  const View view = view_of(x);
+  Tensor dx = need_dx ? empty_like(x) : not_asked_for(x);
+  Tensor dresidual = need_dresidual ? empty_like(x) : not_asked_for(x);
+  device.batch_norm_backward({
+      .view = view,
+      .dtype = dtype_of(x),
+      .dout = data_like(dout, x, "dout"),
+      .x = x.data_ptr(),
+      .residual = nullptr,
+      .mask = mask ? mask_data(*mask, x, view) : nullptr,
+      .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
+      .residual_norm = {},
+      .means = statistics_data(means, 2, x, "means: expected two a channel, like mean and rstd"),
+      .training = true,
+      .relu = relu,
+      .dx = need_dx ? dx.data_ptr() : nullptr,
+      .dresidual = need_dresidual ? dresidual.data_ptr() : nullptr,
+      .dweight = {},
+      .dbias = {},
+      .residual_dweight = {},
+      .residual_dbias = {},
+      .need_dparams = false,
+  });
+  return {dx, dresidual};
+}
+
 // Registers the operators of one device with a torch::stable library.
 template <typename Device, typename Library>
 void implement(Library& library) {
@@ -391,6 +484,9 @@ void implement(Library& library) {
   library.impl("batch_norm_relu_into", TORCH_BOX(&batch_norm_relu_into<Device>));
   library.impl("dual_batch_norm", TORCH_BOX(&dual_batch_norm<Device>));
   library.impl("dual_batch_norm_backward", TORCH_BOX(&dual_batch_norm_backward<Device>));
+  library.impl("batch_norm_stats", TORCH_BOX(&batch_norm_stats<Device>));
+  library.impl("batch_norm_merge", TORCH_BOX(&batch_norm_merge<Device>));
+  library.impl("batch_norm_backward_apply", TORCH_BOX(&batch_norm_backward_apply<Device>));
 }
 
 }  // namespace fusedskip

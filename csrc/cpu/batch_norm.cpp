@@ -237,6 +237,59 @@ S scale_of(const ChannelVector& weight, int64_t c, S rstd) {
   return S(get(weight, c, 1)) * rstd;
 }
 
+// Of one channel, or of a part of it.
+struct Moments {
+  double count = 0, sum = 0, m2 = 0;  // M2 = Σ(x - mean)²
+
+  double mean() const { return sum / count; }
+
+  // Adds another part, by Chan's formula.
+  void merge(const Moments& part) {
+    if (part.count == 0) return;
+    const double delta = part.mean() - (count > 0 ? mean() : 0);
+    m2 += part.m2 + delta * delta * (count * part.count / (count + part.count));
+    sum += part.sum;
+    count += part.count;
+  }
+
+  // running = (1 - momentum)·running + momentum·batch, where it is given.
+  void update_running(const ChannelVector& running_mean, const ChannelVector& running_var,
+                      int64_t c, double momentum) const {
+    const auto update = [&](const ChannelVector& running, double batch) {
+      if (running.data) set(running, c, (1 - momentum) * get(running, c, 0) + momentum * batch);
+    };
+    update(running_mean, mean());
+    update(running_var, m2 / (count - 1));
+  }
+};
+
+// The first stage of forward, stats, over all tiles of a tensor.
+class MomentsOfTiles {
+ public:
+  MomentsOfTiles(const void* input, Dtype dtype, const Tiling& tiling, bool wanted)
+      : input_(input), dtype_(dtype), tiling_(tiling), partials_(tiling, wanted ? 2 : 0) {}
+
+  void stats(int64_t group, int64_t index) const {
+    const Tile tile = tiling_.tile(group, index);
+    kernels(dtype_).stats({tile.runs, advance(input_, tile.offset, dtype_),
+                           partials_.of_tile(0, group, index), partials_.of_tile(1, group, index)});
+  }
+
+  Moments of_channel(int64_t c) const {
+    Moments moments;
+    for (int64_t index = 0; index < tiling_.tiles; ++index)
+      moments.merge({double(tiling_.count(index)), partials_.of_channel(0, c, index),
+                     partials_.of_channel(1, c, index)});
+    return moments;
+  }
+
+ private:
+  const void* input_;
+  Dtype dtype_;
+  const Tiling& tiling_;
+  Partials partials_;
+};
+
 // One norm in forward, of x or of residual: its statistics, and the coefficients that they give.
 template <typename S>
 class ForwardNorm {
@@ -245,23 +298,19 @@ class ForwardNorm {
               const Tiling& tiling)
       : args_(args),
         norm_(norm),
-        input_(input),
-        tiling_(tiling),
-        partials_(tiling, args.training ? 2 : 0),
+        moments_(input, args.dtype, tiling, args.training),
         mean_(static_cast<S*>(norm.mean.data)),
         rstd_(static_cast<S*>(norm.rstd.data)),
         coefficients_(args.view.n_channels) {}
 
-  void stats(int64_t group, int64_t index) const {
-    const Tile tile = tiling_.tile(group, index);
-    kernels(args_.dtype)
-        .stats({tile.runs, advance(input_, tile.offset, args_.dtype),
-                partials_.of_tile(0, group, index), partials_.of_tile(1, group, index)});
-  }
+  void stats(int64_t group, int64_t index) const { moments_.stats(group, index); }
 
   void finish(int64_t c) const {
     if (args_.training) {
-      batch_statistics(c);
+      const Moments moments = moments_.of_channel(c);
+      moments.update_running(norm_.running_mean, norm_.running_var, c, norm_.momentum);
+      mean_[c] = S(moments.mean());
+      rstd_[c] = S(1 / std::sqrt(moments.m2 / moments.count + norm_.eps));
     } else {
       mean_[c] = S(get(norm_.running_mean, c, 0));
       rstd_[c] = S(1 / std::sqrt(get(norm_.running_var, c, 1) + norm_.eps));
@@ -276,33 +325,9 @@ class ForwardNorm {
   }
 
  private:
-  void batch_statistics(int64_t c) const {
-    double sum = 0, m2 = 0, seen = 0;
-    for (int64_t index = 0; index < tiling_.tiles; ++index) {
-      const double count = double(tiling_.count(index));
-      const double tile_sum = partials_.of_channel(0, c, index);
-      const double delta = tile_sum / count - (seen > 0 ? sum / seen : 0);
-      m2 += partials_.of_channel(1, c, index) + delta * delta * (seen * count / (seen + count));
-      sum += tile_sum;
-      seen += count;
-    }
-    const double batch_mean = sum / seen, keep = 1 - norm_.momentum;
-    if (norm_.running_mean.data) {
-      const auto update = [&](const ChannelVector& running, double batch) {
-        set(running, c, keep * get(running, c, 0) + norm_.momentum * batch);
-      };
-      update(norm_.running_mean, batch_mean);
-      update(norm_.running_var, m2 / (seen - 1));
-    }
-    mean_[c] = S(batch_mean);
-    rstd_[c] = S(1 / std::sqrt(m2 / seen + norm_.eps));
-  }
-
   const BatchNormForward& args_;
   const Norm& norm_;
-  const void* input_;
-  const Tiling& tiling_;
-  Partials partials_;
+  MomentsOfTiles moments_;
   S *mean_, *rstd_;
   Coefficients<S, 2> coefficients_;
   S *scale_ = coefficients_[0], *shift_ = coefficients_[1];
@@ -373,12 +398,18 @@ class BackwardNorm {
 
   // From Σg and Σg·(x - mean).
   void finish(int64_t c, double sum_g, double sum_gx) const {
-    const double scale = scale_[c], rstd = rstd_[c];
     const double n = double(args_.view.n_outer) * double(args_.view.n_inner);
-    if (dweight_.data) set(dweight_, c, rstd * sum_gx);
+    const double dweight = rstd_[c] * sum_gx;
+    if (dweight_.data) set(dweight_, c, dweight);
     if (dbias_.data) set(dbias_, c, sum_g);
-    k2_[c] = S(-scale * rstd * rstd * sum_gx / n);
-    k3_[c] = S(-scale * sum_g / n);
+    finish_means(c, sum_g / n, dweight / n);
+  }
+
+  // From the means of g and g·x̂ over the batch.
+  void finish_means(int64_t c, double mean_g, double mean_gx) const {
+    const double scale = scale_[c], rstd = rstd_[c];
+    k2_[c] = S(-scale * rstd * mean_gx);
+    k3_[c] = S(-scale * mean_g);
   }
 
   // Of the channels from c on.
@@ -424,6 +455,9 @@ void backward(const BatchNormBackward& args) {
   };
 
   const auto finish = [&](int64_t begin, int64_t end) {
+    if (const S* means = static_cast<const S*>(args.means))
+      for (int64_t c = begin; c < end; ++c)
+        norm.finish_means(c, means[c], means[args.view.n_channels + c]);
     if (!reduces) return;
     for (int64_t c = begin; c < end; ++c) {
       double sums[3] = {};
@@ -454,6 +488,46 @@ void backward(const BatchNormBackward& args) {
   two_stages(tiling, reduces, bwd_reduce, finish, bwd_apply);
 }
 
+template <typename S>
+void stats(const BatchNormStats& args) {
+  const Tiling tiling(args.view, args.dtype);
+  const MomentsOfTiles moments(args.x, args.dtype, tiling, /*wanted=*/true);
+  S* const mean = static_cast<S*>(args.moments);
+  S *const m2 = mean + args.view.n_channels, *const count = m2 + args.view.n_channels;
+  *count = S(args.view.n_outer * args.view.n_inner);
+  two_stages(
+      tiling, /*reduces=*/true, [&](int64_t group, int64_t index) { moments.stats(group, index); },
+      [&](int64_t begin, int64_t end) {
+        for (int64_t c = begin; c < end; ++c) {
+          const Moments whole = moments.of_channel(c);
+          mean[c] = S(whole.mean());
+          m2[c] = S(whole.m2);
+        }
+      },
+      [](int64_t, int64_t) {});
+}
+
+template <typename S>
+void merge(const BatchNormMerge& args) {
+  const S* const moments = static_cast<const S*>(args.moments);
+  S *const mean = static_cast<S*>(args.mean), *const var = static_cast<S*>(args.var);
+  const int64_t row_length = 2 * args.n_channels + 1;
+  parallel_for(args.n_channels, args.n_ranks, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      Moments whole;
+      for (int64_t rank = 0; rank < args.n_ranks; ++rank) {
+        const S* row = moments + rank * row_length;
+        const double count = row[2 * args.n_channels];
+        whole.merge({count, count * row[c], row[args.n_channels + c]});
+      }
+      whole.update_running(args.running_mean, args.running_var, c, args.momentum);
+      mean[c] = S(whole.mean());
+      var[c] = S(whole.m2 / whole.count);
+      if (c == 0) *static_cast<S*>(args.count) = S(whole.count);
+    }
+  });
+}
+
 }  // namespace
 
 void batch_norm(const BatchNormForward& args) {
@@ -462,6 +536,14 @@ void batch_norm(const BatchNormForward& args) {
 
 void batch_norm_backward(const BatchNormBackward& args) {
   args.dtype == Dtype::kFloat64 ? backward<double>(args) : backward<float>(args);
+}
+
+void batch_norm_stats(const BatchNormStats& args) {
+  args.dtype == Dtype::kFloat64 ? stats<double>(args) : stats<float>(args);
+}
+
+void batch_norm_merge(const BatchNormMerge& args) {
+  args.dtype == Dtype::kFloat64 ? merge<double>(args) : merge<float>(args);
 }
 
 void add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x, const void* residual,

@@ -10,6 +10,8 @@ namespace fusedskip::cpu {
 
 void batch_norm(const BatchNormForward&);
 void batch_norm_backward(const BatchNormBackward&);
+void batch_norm_stats(const BatchNormStats&);
+void batch_norm_merge(const BatchNormMerge&);
 
 // out = relu(x + residual), or relu(x) + residual, over `numel` elements in memory order, and the
 // gradient of what ReLU was given.

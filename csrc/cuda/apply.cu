@@ -12,14 +12,6 @@
 namespace fusedskip::cuda {
 namespace {
 
-// running = (1 - momentum)·running + momentum·batch, rounded once to the buffer's dtype.
-template <typename S>
-__device__ void update_running(const ChannelVector& running, int64_t channel, S batch,
-                               double momentum) {
-  const S before = get(running, channel, S(0));
-  set(running, channel, S(1 - momentum) * before + S(momentum) * batch);
-}
-
 template <typename T, bool kChannelsLast, int kWidth, int kNorms, typename S = StatisticsOf<T>>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth, kNorms>)
     batch_norm_apply_kernel(const __grid_constant__ Tiling tiling,

@@ -16,9 +16,15 @@ int64_t workspace_size(const BatchNormBackward& args) {
   return args.reduces() ? stage_tiling(args.view, norms).workspace_size(norms) : 0;
 }
 
+int64_t workspace_size(const BatchNormStats& args) {
+  return stats_tiling(args.view, 1).workspace_size(1);
+}
+
 cudaError_t batch_norm(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
   if (args.training) {
-    const cudaError_t error = stats(args, workspace, stream);
+    const void* normalised_residual = args.residual_norm.present() ? args.residual : nullptr;
+    const cudaError_t error =
+        stats(args.view, args.dtype, args.x, normalised_residual, workspace, stream);
     if (error != cudaSuccess) return error;
   }
   return apply(args, workspace, stream);
@@ -32,6 +38,11 @@ cudaError_t batch_norm_backward(const BatchNormBackward& args, void* workspace,
   }
   return args.reduces() || args.dx || args.dresidual ? bwd_apply(args, workspace, stream)
                                                      : cudaSuccess;
+}
+
+cudaError_t batch_norm_stats(const BatchNormStats& args, void* workspace, cudaStream_t stream) {
+  const cudaError_t error = stats(args.view, args.dtype, args.x, nullptr, workspace, stream);
+  return error != cudaSuccess ? error : moments(args, workspace, stream);
 }
 
 }  // namespace fusedskip::cuda

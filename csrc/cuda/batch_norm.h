@@ -9,13 +9,16 @@
 
 namespace fusedskip::cuda {
 
-// The numbers, in statistics precision, that batch_norm and batch_norm_backward need for partial
-// results; where it is 0, workspace may be null.
+// The numbers, in statistics precision, that an operation needs for partial results; where it is 0,
+// workspace may be null.
 int64_t workspace_size(const BatchNormForward&);
 int64_t workspace_size(const BatchNormBackward&);
+int64_t workspace_size(const BatchNormStats&);
 
 cudaError_t batch_norm(const BatchNormForward&, void* workspace, cudaStream_t stream);
 cudaError_t batch_norm_backward(const BatchNormBackward&, void* workspace, cudaStream_t stream);
+cudaError_t batch_norm_stats(const BatchNormStats&, void* workspace, cudaStream_t stream);
+cudaError_t batch_norm_merge(const BatchNormMerge&, cudaStream_t stream);
 
 // out = relu(x + residual), or relu(x) + residual, over `numel` elements in memory order, and the
 // gradient of what ReLU was given.

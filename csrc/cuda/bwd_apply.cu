@@ -50,16 +50,26 @@ __global__ void __launch_bounds__(kThreads,
     if (own < 0) break;
     const Norm& norm = norm_of(args, k);
     const S rstd = put_saved(affine_of_block[k], norm, own);
-    if (!totals) continue;
-    const S scale = affine_of_block[k].scale[threadIdx.x];
-    const S per_element = 1 / S(tiling.view.n_outer * tiling.view.n_inner);
-    const S dbias = totals[0], dweight = totals[(1 + k) * kSize * tiling.columns] * rstd;
-    k2_of_block[k][threadIdx.x] = -scale * rstd * dweight * per_element;
-    k3_of_block[k][threadIdx.x] = -scale * dbias * per_element;
-    if (blockIdx.y == 0) {
-      set(k == 0 ? args.dweight : args.residual_dweight, own, dweight);
-      set(k == 0 ? args.dbias : args.residual_dbias, own, dbias);
+    S mean_g, mean_gx;
+    if (totals) {
+      const S per_element = 1 / S(tiling.view.n_outer * tiling.view.n_inner);
+      const S dbias = totals[0], dweight = totals[(1 + k) * kSize * tiling.columns] * rstd;
+      mean_g = dbias * per_element;
+      mean_gx = dweight * per_element;
+      if (blockIdx.y == 0) {
+        set(k == 0 ? args.dweight : args.residual_dweight, own, dweight);
+        set(k == 0 ? args.dbias : args.residual_dbias, own, dbias);
+      }
+    } else if (args.means) {
+      const S* means = static_cast<const S*>(args.means) + own;
+      mean_g = means[0];
+      mean_gx = means[tiling.view.n_channels];
+    } else {
+      continue;
     }
+    const S scale = affine_of_block[k].scale[threadIdx.x];
+    k2_of_block[k][threadIdx.x] = -scale * rstd * mean_gx;
+    k3_of_block[k][threadIdx.x] = -scale * mean_g;
   }
   if (!args.dx && !args.dresidual) return;
   __syncthreads();

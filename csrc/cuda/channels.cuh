@@ -47,6 +47,14 @@ __device__ void set(const ChannelVector& vector, int64_t channel, S value) {
   }
 }
 
+// running = (1 - momentum)·running + momentum·batch, rounded once to the buffer's dtype.
+template <typename S>
+__device__ void update_running(const ChannelVector& running, int64_t channel, S batch,
+                               double momentum) {
+  const S before = get(running, channel, S(0));
+  set(running, channel, S(1 - momentum) * before + S(momentum) * batch);
+}
+
 // The norms of a call, that of x first.
 template <typename Args>
 __device__ const Norm& norm_of(const Args& args, int norm) {

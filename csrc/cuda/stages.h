@@ -1,4 +1,5 @@
-// The four stages: each checks nothing, launches one kernel and returns what the launch did.
+// The stages: each checks nothing, launches one kernel and returns what the launch did. They are
+// four, and moments, which is in the place of apply where a batch is spread over ranks.
 // Workspace holds the partial results that pass from the first stage of a pair to the second.
 
 #pragma once
@@ -15,7 +16,10 @@ constexpr int norm_count(const Args& args) {
   return args.residual_norm.present() ? 2 : 1;
 }
 
-cudaError_t stats(const BatchNormForward&, void* workspace, cudaStream_t);
+// residual is null where it has no norm.
+cudaError_t stats(const View&, Dtype, const void* x, const void* residual, void* workspace,
+                  cudaStream_t);
+cudaError_t moments(const BatchNormStats&, void* workspace, cudaStream_t);
 cudaError_t apply(const BatchNormForward&, void* workspace, cudaStream_t);
 cudaError_t bwd_reduce(const BatchNormBackward&, void* workspace, cudaStream_t);
 cudaError_t bwd_apply(const BatchNormBackward&, void* workspace, cudaStream_t);

@@ -87,17 +87,17 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
 
 }  // namespace
 
-cudaError_t stats(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
-  const int norms = norm_count(args);
-  const void* residual = norms == 2 ? args.residual : nullptr;
-  const Tiling tiling = stats_tiling(args.view, norms);
-  const int width = vector_width(args.view.row_length(), args.dtype, addresses(args.x, residual));
-  return dispatch(args.dtype, tiling.channels_last, width, [&](auto instance) {
+cudaError_t stats(const View& view, Dtype dtype, const void* x, const void* residual,
+                  void* workspace, cudaStream_t stream) {
+  const int norms = residual ? 2 : 1;
+  const Tiling tiling = stats_tiling(view, norms);
+  const int width = vector_width(view.row_length(), dtype, addresses(x, residual));
+  return dispatch(dtype, tiling.channels_last, width, [&](auto instance) {
     using I = decltype(instance);
     using T = typename I::T;
     const dim3 grid(tiling.channel_blocks, tiling.programs, norms);
     batch_norm_stats_kernel<T, I::kChannelsLast, I::kWidth><<<grid, kThreads, 0, stream>>>(
-        tiling, static_cast<const T*>(args.x), static_cast<const T*>(residual),
+        tiling, static_cast<const T*>(x), static_cast<const T*>(residual),
         Partials<StatisticsOf<T>>(workspace, tiling, norms));
     return cudaGetLastError();
   });
