@@ -19,6 +19,10 @@ from fusedskip.modules import (
     BatchNormReLU1d,
     BatchNormReLU2d,
     BatchNormReLU3d,
+    SyncBatchNorm,
+    SyncBatchNormAddReLU,
+    SyncBatchNormReLU,
+    convert_sync_batchnorm,
 )
 from fusedskip.surgery import explain, fuse, unfuse
 
@@ -32,6 +36,9 @@ __all__ = [
     "BatchNormReLU1d",
     "BatchNormReLU2d",
     "BatchNormReLU3d",
+    "SyncBatchNorm",
+    "SyncBatchNormAddReLU",
+    "SyncBatchNormReLU",
     "add_relu",
     "available_backends",
     "batch_norm_add",
@@ -39,6 +46,7 @@ __all__ = [
     "batch_norm_relu",
     "bias_add_relu",
     "cat_batch_norm_relu",
+    "convert_sync_batchnorm",
     "dual_batch_norm_add_relu",
     "explain",
     "fuse",

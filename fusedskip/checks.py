@@ -106,8 +106,12 @@ def check_batch_norm(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    synchronised: bool = False,
 ) -> None:
-    """Raise `TypeError` or `ValueError` unless the arguments of a `batch_norm_*` function fit."""
+    """Raise `TypeError` or `ValueError` unless the arguments of a `batch_norm_*` function fit.
+
+    Synchronised with other processes, one value a channel, or none, may be this one's part.
+    """
     check_channels(x)
     if residual is not None:
         check_residual(residual, x)
@@ -115,7 +119,7 @@ def check_batch_norm(
         x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     check_statistics(running_mean, running_var, training, eps)
-    if training and x.numel() == x.shape[1]:
+    if training and not synchronised and x.numel() == x.shape[1]:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
         )

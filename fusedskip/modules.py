@@ -3,11 +3,13 @@
 They subclass `nn.BatchNorm1d/2d/3d`: constructors, parameters, buffers, state_dicts are theirs.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fusedskip import functional
+from fusedskip import distributed, functional
 from fusedskip.tracing import leaf
 
 
@@ -22,6 +24,8 @@ class _Call:
         running: tuple[Tensor | None, ...] = (None, None)
         if use_buffers:
             running = bn.running_mean, bn.running_var
+        synchronised = bn.training and isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm))
+        self.group = distributed.group_of(bn.process_group) if synchronised else None
         self.training = bn.training or (bn.running_mean is None and bn.running_var is None)
         self.momentum = bn.momentum or 0.0
         self._counter = bn.num_batches_tracked if tracks else None
@@ -46,10 +50,13 @@ class _Call:
 def apply_norm(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """`relu?(bn(x) + residual?)` with the bookkeeping of `nn.BatchNorm*d.forward`."""
     call = _Call(bn, x)
-    out = functional._batch_norm(
-        x, residual, call.running_mean, call.running_var, bn.weight, bn.bias,
-        call.training, call.momentum, bn.eps, relu,
-    )  # fmt: skip
+    norm = (call.running_mean, call.running_var, bn.weight, bn.bias)
+    if call.group is None:
+        out = functional._batch_norm(x, residual, *norm, call.training, call.momentum, bn.eps, relu)
+    else:
+        out = distributed.sync_batch_norm(
+            x, residual, *norm, call.momentum, bn.eps, relu, call.group
+        )
     call.count()
     return out
 
@@ -57,6 +64,8 @@ def apply_norm(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -
 def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
     """`cat([skip, relu(bn(x))], dim=1)`, the bookkeeping of `bn` included."""
     call = _Call(bn, x)
+    if call.group is not None:
+        return torch.cat([skip, apply_norm(bn, x, None, relu=True)], dim=1)
     out = functional.cat_batch_norm_relu(
         x, skip, call.running_mean, call.running_var, bn.weight, bn.bias,
         call.training, call.momentum, bn.eps,
@@ -67,11 +76,10 @@ def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
 
 def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual: Tensor) -> Tensor:
     """`relu(bn(x) + residual_bn(residual))`, the bookkeeping of both included."""
-    if bn is residual_bn or bn.training != residual_bn.training:  # one of them frozen
-        return apply_norm(bn, x, residual_bn(residual), relu=True)
     call, other = _Call(bn, x), _Call(residual_bn, residual)
-    if call.training != other.training:  # only one tracks statistics
-        return apply_norm(bn, x, residual_bn(residual), relu=True)
+    is_one = call.training == other.training and bn is not residual_bn  # neither alone is frozen
+    if not is_one or call.group is not None or other.group is not None:
+        return apply_norm(bn, x, apply_norm(residual_bn, residual, None, relu=False), relu=True)
     out = functional.dual_batch_norm_add_relu(
         x, residual, call.running_mean, call.running_var, other.running_mean, other.running_var,
         bn.weight, bn.bias, residual_bn.weight, residual_bn.bias,
@@ -118,8 +126,79 @@ class BatchNormAddReLU3d(_BatchNormAddReLU, nn.BatchNorm3d):
     """`relu(BatchNorm3d(x) + residual)` in one operation; both `(N, C, D, H, W)`."""
 
 
+class SyncBatchNorm(_BatchNorm):
+    """`nn.SyncBatchNorm` in fused kernels, on GPUs and, unlike that, on CPUs; `x` is `(N, C, *)`.
+
+    Constructor, parameters and buffers are those of `nn.SyncBatchNorm`, which it is no subclass of:
+    DistributedDataParallel refuses that on CPUs.
+
+    Args:
+        process_group: whose batches are one; all processes by default.
+
+    Raises:
+        ValueError: in forward, `x` has fewer than two dimensions.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+    @leaf
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_norm(self, x, None, relu=False)
+
+
+class SyncBatchNormReLU(_BatchNormReLU, SyncBatchNorm):
+    """`relu(SyncBatchNorm(x))` in one operation; `x` is `(N, C, *)`."""
+
+
+class SyncBatchNormAddReLU(_BatchNormAddReLU, SyncBatchNorm):  # type: ignore[misc]
+    """`relu(SyncBatchNorm(x) + residual)` in one operation; both `(N, C, *)`."""
+
+
 class AddReLU(nn.Module):
     """`relu(x + residual)` in one operation; any shape, the same for both."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return functional.add_relu(x, residual)
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+    """Make every batch norm in `module` a `SyncBatchNorm`, and fused ones remain what they are.
+
+    So a `BatchNormReLU*d` becomes a `SyncBatchNormReLU`, where the conversion of `nn.SyncBatchNorm`
+    would leave the ReLU out. Convert before wrapping in DistributedDataParallel or FSDP.
+
+    Args:
+        module: converted in place, but for a norm itself.
+        process_group: whose batches are one; all processes by default.
+
+    Returns:
+        `module`, or what a norm has become.
+
+    Semantics: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
+    """
+    fused: dict[str, type[SyncBatchNorm]] = {
+        name: SyncBatchNormReLU if isinstance(norm, _BatchNormReLU) else SyncBatchNormAddReLU
+        for name, norm in module.named_modules(remove_duplicate=False)
+        if isinstance(norm, (_BatchNormReLU, _BatchNormAddReLU))
+    }
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+    for name, norm in module.named_modules(remove_duplicate=False):
+        if type(norm) is nn.SyncBatchNorm:
+            norm.__class__ = fused.get(name, SyncBatchNorm)  # type: ignore[assignment]
+    return module

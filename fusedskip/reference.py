@@ -21,8 +21,7 @@ def relu_add(x: Tensor, residual: Tensor) -> Tensor:
 
 def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     """`relu(x + residual + bias)`, `bias` a number a channel."""
-    wide = bias.to(x.dtype).view(-1, *(1,) * (x.dim() - 2))
-    return _add(torch.add(x, residual), wide).relu_()
+    return _add(torch.add(x, residual), _wide(bias.to(x.dtype), x)).relu_()
 
 
 def batch_norm(
@@ -84,6 +83,129 @@ def dual_batch_norm_add_relu(
         training, residual_momentum, residual_eps,
     )  # fmt: skip
     return _add(out, normalised).relu_()
+
+
+class Stages:
+    """The stages of a norm whose batch is spread over ranks, as the raw operators of `ops` do them.
+
+    Shapes and arguments are theirs, but that the mask has one bool an element.
+    """
+
+    @staticmethod
+    def batch_norm_stats(x: Tensor) -> Tensor:
+        x = x.to(_statistics_dtype(x))
+        count = x.new_full((1,), x.numel() // x.shape[1])
+        mean = _sum(x) / count.clamp(min=1)
+        return torch.cat([mean, _sum((x - _wide(mean, x)) ** 2), count])
+
+    @staticmethod
+    def batch_norm_merge(
+        moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_channels = moments.shape[1] // 2
+        means, m2s, counts = moments.split([n_channels, n_channels, 1], dim=1)
+        count = counts.sum(0)
+        mean = (counts * means).sum(0) / count
+        m2 = (m2s + counts * (means - mean) ** 2).sum(0)
+        for running, batch in ((running_mean, mean), (running_var, m2 / (count - 1))):
+            if running is not None:
+                running.lerp_(batch.to(running.dtype), momentum)
+        return mean, m2 / count, count
+
+    @staticmethod
+    def batch_norm(
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+        relu: bool,
+        save_mask: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rstd = torch.rsqrt(var + eps)
+        out = Stages._normalised(x, weight, bias, mean, rstd)
+        out = (out if residual is None else out + residual).to(x.dtype)
+        mask = ~(out <= 0)
+        return out.relu() if relu else out, mask, mean, rstd
+
+    @staticmethod
+    def batch_norm_backward(
+        dout: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        training: bool,
+        relu: bool,
+        need_dx: bool,
+        need_dresidual: bool,
+        need_dparams: bool,
+    ) -> tuple[None, None, Tensor, Tensor]:
+        g = Stages._gated(dout, x, mask, weight, bias, mean, rstd, relu).to(mean.dtype)
+        return None, None, _sum(g * Stages._normalised(x, None, None, mean, rstd)), _sum(g)
+
+    @staticmethod
+    def batch_norm_backward_apply(
+        dout: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        means: Tensor,
+        relu: bool,
+        need_dx: bool,
+        need_dresidual: bool,
+    ) -> tuple[Tensor, Tensor]:
+        g = Stages._gated(dout, x, mask, weight, bias, mean, rstd, relu)
+        x_hat = Stages._normalised(x, None, None, mean, rstd)
+        mean_g, mean_gx = (_wide(m, x) for m in means.chunk(2))
+        scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
+        return (_wide(scale, x) * (g - mean_g - x_hat * mean_gx)).to(x.dtype), g
+
+    @staticmethod
+    def _normalised(
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+    ) -> Tensor:
+        out = (x.to(mean.dtype) - _wide(mean, x)) * _wide(rstd, x)
+        out = out if weight is None else out * _wide(weight.to(mean.dtype), x)
+        return out if bias is None else out + _wide(bias.to(mean.dtype), x)
+
+    @staticmethod
+    def _gated(
+        dout: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        relu: bool,
+    ) -> Tensor:
+        if relu and mask is None:
+            mask = ~(Stages._normalised(x, weight, bias, mean, rstd).to(x.dtype) <= 0)
+        return dout if mask is None else dout * mask
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Of each channel."""
+    return x.transpose(0, 1).flatten(1).sum(1)
+
+
+def _wide(vector: Tensor, x: Tensor) -> Tensor:
+    """A number a channel, to be broadcast over `x`."""
+    return vector.view(-1, *(1,) * (x.dim() - 2))
 
 
 def _add(out: Tensor, other: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import functional
-from fusedskip.modules import apply_dual_norm, apply_norm
+from fusedskip.modules import SyncBatchNorm, apply_dual_norm, apply_norm
 
 # The norms that kernels compute, by exact type, and what else must hold of one.
 NORMS: dict[type[nn.Module], Callable[[Any], bool]] = dict.fromkeys(
-    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), lambda norm: True
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm),
+    lambda norm: True,
 )
 # Modules that call their children one after the other, by exact type: which, or None for all.
 CHAINS: dict[type[nn.Module], tuple[str, ...] | None] = {nn.Sequential: None}

@@ -1,5 +1,6 @@
 """The libraries of models, importable beside a torch that torchvision was not built for."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 
@@ -15,9 +16,10 @@ except OSError:
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-import timm
-import torchvision
 import torchvision.models
-import transformers
 
-__all__ = ["timm", "torchvision", "transformers"]
+
+def __getattr__(name):  # seconds each, which tests of torchvision's blocks need not wait
+    if name in ("timm", "transformers"):
+        return importlib.import_module(name)
+    raise AttributeError(name)
