@@ -9,8 +9,8 @@ On many nodes, the same file over NCCL:
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 \
         examples/train_ddp.py --epochs 20
 
-The images are scikit-learn's digits (8x8 pixels, 10 classes), and the network has one block a stage.
-A network of torchvision's, timm's or transformers' blocks also needs `fusedskip.fuse(network)`.
+The images are scikit-learn's digits (8x8 pixels, 10 classes), the network has one block a stage. A
+network of torchvision's, timm's or transformers' blocks also needs `fusedskip.fuse(network)`.
 """
 
 import argparse

@@ -16,7 +16,10 @@ except OSError:
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+import torchvision
 import torchvision.models
+
+__all__ = ["torchvision"]  # and what __getattr__ knows
 
 
 def __getattr__(name):  # seconds each, which tests of torchvision's blocks need not wait

@@ -1,11 +1,22 @@
 """torch.compile traces through without a break; the values are those of eager mode."""
 
+import copy
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
+import fusedskip
 from fusedskip import blocks
 
-from .support import FUNCTIONS, call, make_problem, run
+from .libraries import torchvision
+from .networks import skip_network, twins
+from .support import CAT, FUNCTIONS, call, make_problem, run
+
+# How AOTAutograd calls an operator that updates running statistics.
+functionalized = torch.ops.higher_order.auto_functionalized_v2
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +26,7 @@ def reset():
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_functions_trace_whole(backend, device, function, training):
     problem = make_problem(function, (2, 8, 4, 5), torch.float32, "channels_last", device, training)
     leaves, buffers = problem.leaves(), problem.buffers()
@@ -28,12 +39,131 @@ def test_functions_trace_whole(backend, device, function, training):
     results = {"out": out, **{f"d{n}": leaf.grad for n, leaf in leaves.items()}, **buffers}
     for name, value in results.items():
         torch.testing.assert_close(value, want[name])
-    assert out.stride() == problem.x.stride()
+    assert out.stride() == run(problem)["out"].stride()
 
 
-def test_block_traces_whole(backend, device):
-    block = blocks.BasicBlock(6, 6).to(device)
-    x = torch.randn(2, 6, 5, 5, device=device)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), block(x))
-    assert block.bn1.num_batches_tracked == 2
+class Graphs:
+    """A compiler that records the operators of each graph it is given, and runs it as it is."""
+
+    def __init__(self):
+        self.forward, self.backward = [], []
+
+    def __call__(self, graph, inputs):
+        return aot_autograd(
+            fw_compiler=self.recorder(self.forward), bw_compiler=self.recorder(self.backward)
+        )(graph, inputs)
+
+    def recorder(self, graphs):
+        def compile(graph, inputs):
+            calls = [node for node in graph.graph.nodes if node.op == "call_function"]
+            operators = (n.args[0] if n.target is functionalized else n.target for n in calls)
+            graphs.append([op for op in operators if hasattr(op, "namespace")])
+            return make_boxed_func(graph.forward)
+
+        return compile
+
+    def namespaces(self, graphs):
+        return {target.namespace for graph in graphs for target in graph}
+
+
+def results(network, x):
+    leaf = x.clone().requires_grad_()
+    out = network(leaf)
+    out.square().mean().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+    return {"out": out.detach(), "x": leaf.grad, **gradients, **network.state_dict()}
+
+
+@pytest.mark.parametrize(("training", "momentum"), [(True, 0.1), (True, None), (False, 0.1)])
+def test_network_is_one_graph_for_all_batches(compiled_backend, device, training, momentum):
+    """Whatever the batch size, and however many steps; with cumulative averages, too."""
+    eager, fused = (n.train(training) for n in twins(device=device, dtype=torch.float64))
+    for module in (*eager.modules(), *fused.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = momentum
+    graphs = Graphs()
+    compiled = copy.deepcopy(fused)
+    compiled.compile(fullgraph=True, dynamic=True, backend=graphs)
+    for n in (4, 4, 3, 7):
+        x = torch.randn(n, 3, 8, 8, device=device, dtype=torch.float64)
+        for network in (eager, compiled):
+            network.zero_grad()
+        torch.testing.assert_close(results(compiled, x), results(eager, x))
+    assert len(graphs.forward) == len(graphs.backward) == 1
+    assert "fusedskip" in graphs.namespaces(graphs.backward)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_resnet50_is_one_graph(compiled_backend, device, training):
+    """53 norms, and no batch norm, sum or ReLU of torch's left beside the kernels."""
+    network = fusedskip.fuse(torchvision.models.resnet50(), strict=True).to(device).train(training)
+    graphs = Graphs()
+    compiled = torch.compile(network, fullgraph=True, backend=graphs)
+    for _ in range(2):
+        compiled(torch.randn(2, 3, 32, 32, device=device))
+    [forward] = graphs.forward
+    kernels = [op for op in forward if op.namespace.startswith("fusedskip")]
+    assert len(kernels) == 49  # four of them have two norms
+    assert not {op.name() for op in forward} & {"aten::relu", "aten::native_batch_norm"}
+
+
+def test_evaluation_without_gradients_is_left_to_inductor(compiled_backend, device):
+    """It is pointwise, and Inductor fuses it with its neighbours."""
+    eager, fused = (n.eval() for n in twins(device=device))
+    graphs = Graphs()
+    compiled = torch.compile(fused, fullgraph=True, backend=graphs)
+    x = torch.randn(2, 3, 8, 8, device=device)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), eager(x))
+    assert graphs.namespaces(graphs.forward) <= {"aten", "prims"}
+
+
+def test_modules_and_blocks_trace_whole(compiled_backend, device):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.norm_add = fusedskip.BatchNormReLU2d(6), fusedskip.BatchNormAddReLU2d(6)
+            self.add = fusedskip.AddReLU()
+            self.blocks = nn.Sequential(
+                blocks.BasicBlock(6, 6),
+                blocks.ResidualBlock(6, 6),
+                blocks.PlainResidualBlock(6, 6),
+                blocks.SkipConnection(6),
+                blocks.SkipConnectionBlock(6, 6),
+                blocks.SkipConnectionBlockConcat(6, 6),
+                blocks.SkipSequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6), nn.ReLU()),
+            )
+
+        def forward(self, x):
+            return self.blocks(self.add(self.norm_add(self.norm(x), x), x))
+
+    network = Network().to(device, torch.float64)
+    compiled = copy.deepcopy(network)
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 6, 5, 5, device=device, dtype=torch.float64)
+    torch.testing.assert_close(results(compiled, x), results(network, x))
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_inductor(compiled_backend, device, mode):
+    """Its generated code around the kernels; with CUDA graphs where there is a GPU."""
+    eager, fused = twins(device=device, dtype=torch.float64)
+    compiled = copy.deepcopy(fused)
+    compiled.compile(fullgraph=True, mode=mode)
+    for _ in range(3):
+        x = torch.randn(4, 3, 8, 8, device=device, dtype=torch.float64)
+        for network in (eager, compiled):
+            network.zero_grad()
+        torch.testing.assert_close(results(compiled, x), results(eager, x))
+
+
+def test_network_that_is_fused_after_it_was_compiled(compiled_backend, device):
+    """Dynamo guards on the classes of modules: it compiles again."""
+    network = skip_network().to(device)
+    x = torch.randn(2, 3, 8, 8, device=device)
+    graphs = Graphs()
+    compiled = torch.compile(network, fullgraph=True, backend=graphs)
+    compiled(x)
+    fusedskip.fuse(network)
+    compiled(x)
+    assert ["fusedskip" in graphs.namespaces([graph]) for graph in graphs.forward] == [False, True]
