@@ -1,0 +1,80 @@
+"""Compile csrc/cuda for the CPU into an extension like `fusedskip._C`.
+
+python -m tests.emulator.build FOLDER
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+# The order of operations is the GPU's: no contraction where the source has no fma.
+FLAGS = [
+    *("-xc++", "-std=c++20", "-O1", "-fPIC", "-w", "-ffp-contract=off"),
+    *("-include", "cuda_on_cpu.h"),
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+]
+
+# A launch, and the assembly that only a GPU's compiler reads: a store, and hints about a pointer.
+LAUNCH = r"([\w:]+(?:<[^;{}]*>)?)\s*<<<(.+?), (\w+), 0, stream>>>\((.*?)\);"
+STORE = r'asm\("st\.global.*?"memory"\);'
+HINT = r'asm\("" : .*?\);'
+
+
+def cuda_headers():
+    """The folder of CUDA's headers, as nvcc has it."""
+    said = subprocess.run(
+        ["nvcc", "--dryrun", "-x", "cu", "/dev/null"], capture_output=True, text=True, check=True
+    )
+    return re.search(r'INCLUDES="-I(.+?)"', said.stderr)[1]
+
+
+def translated(source):
+    """CUDA C++ as C++: what a header cannot define away."""
+    source = re.sub(LAUNCH, r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
+    source = re.sub(STORE, "*p = a;", source, flags=re.DOTALL)
+    return re.sub(HINT, "", source)
+
+
+def build(folder):
+    """Return the extension, compiled in `folder`."""
+    sources = []
+    headers = [*CSRC.glob("*.h"), *CSRC.glob("*/*.h"), *CSRC.glob("cuda/*.cuh")]
+    for path in (*headers, *CSRC.glob("cuda/*.cu"), CSRC / "bindings" / "cpu.cpp"):
+        copy = folder / path.relative_to(CSRC)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(translated(path.read_text()))
+        sources += [copy] if path.suffix in (".cu", ".cpp") else []
+    for path in HERE.glob("*.cpp"):
+        copy = folder / "emulator" / path.name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+        sources.append(copy)
+    includes = [HERE, cuda_headers(), sysconfig.get_path("include")]
+    includes += cpp_extension.include_paths()
+    flags = [*FLAGS, *(f"-I{path}" for path in includes)]
+
+    def compiled(source):
+        target = source.with_suffix(source.suffix + ".o")
+        subprocess.run(["c++", *flags, "-c", source, "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        objects = list(pool.map(compiled, sources))
+    extension = folder / "_C.abi3.so"
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["c++", "-shared", *objects, *libraries, "-o", extension], check=True)
+    return extension
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))

@@ -1,0 +1,67 @@
+// What the kernels of csrc/cuda use of CUDA C++, for a host compiler: included ahead of every file.
+//
+// A block's threads are fibers, which run one after the other from one barrier to the next; blocks
+// follow one another, from the first to the last.
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#undef __device__
+#undef __global__
+#undef __grid_constant__
+#undef __launch_bounds__
+#undef __shared__
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static  // there is one block at a time
+#define __builtin_assume(...)
+
+inline uint3 blockIdx, threadIdx;
+
+namespace emulator {
+
+// Launches since the last time that somebody set it to 0.
+inline int launches = 0;
+
+void launch(dim3 grid, int threads, const std::function<void()>& kernel);
+void sync_threads();
+// `value` of the lane whose number differs by `mask`.
+uint64_t exchange(uint64_t value, int mask);
+
+template <typename To, typename From>
+To bits(From from) {
+  To to = {};
+  std::memcpy(&to, &from, std::min(sizeof(To), sizeof(From)));
+  return to;
+}
+
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::sync_threads(); }
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return emulator::bits<T>(emulator::exchange(emulator::bits<uint64_t>(value), mask));
+}
+
+inline float __uint_as_float(uint32_t u) { return emulator::bits<float>(u); }
+inline uint32_t __float_as_uint(float f) { return emulator::bits<uint32_t>(f); }
+inline double __hiloint2double(int high, int low) {
+  return emulator::bits<double>(uint64_t(uint32_t(high)) << 32 | uint32_t(low));
+}
+inline int __double2loint(double d) { return int(emulator::bits<uint64_t>(d)); }
+inline int __double2hiint(double d) { return int(emulator::bits<uint64_t>(d) >> 32); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline double __fma_rn(double a, double b, double c) { return std::fma(a, b, c); }
+inline float __frsqrt_rn(float x) { return float(1 / std::sqrt(double(x))); }
+using std::abs;
+using std::sqrt;

@@ -1,0 +1,39 @@
+"""The CUDA kernels compiled for the CPU, under the tests of values: all but the hardware."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .emulator.build import build
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("test_functional.py", "test_semantics.py", "test_synchronised_stages.py")
+# Where many tiles take 10 s each, the dual norm has every stage in it. Fibers run in one order: that
+# two runs agree says nothing.
+SELECTED = "cpu and not two_runs and (not many_tiles or dual)"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of this machine runs them")
+@pytest.mark.skipif(
+    not (shutil.which("nvcc") and shutil.which("c++")),
+    reason="needs CUDA's headers, which come with nvcc, and a C++ compiler",
+)
+def test_kernels_on_the_cpu(tmp_path):
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [
+            *pytest_command,
+            *("-p", "tests.emulator.plugin", "-k", SELECTED),
+            *(f"tests/{name}" for name in TESTS),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"EMULATED_EXTENSION": str(build(tmp_path))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
