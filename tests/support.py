@@ -56,6 +56,14 @@ def interpreted(backend):
     return backend == "triton" and not torch.cuda.is_available()
 
 
+def shapes_of(backend):
+    """SHAPES. Interpreted, each channel of a channels-first tensor is a program of 3 ms a stage.
+
+    So 64 of them, half of all, are 16, which are whole vectors in two blocks just as well.
+    """
+    return [(2, 16, 4, 4) if s == (2, 64, 4, 4) and interpreted(backend) else s for s in SHAPES]
+
+
 def lay_out(tensor, layout):
     if layout == "contiguous" or tensor.dim() < 3:
         return tensor.contiguous()
@@ -327,8 +335,9 @@ def assert_trains_alike(fused, eager, shape, steps=3, rtol=1e-10, device="cpu"):
         torch.testing.assert_close(*outs, rtol=rtol, atol=rtol)
         for ours, theirs in zip(*grads, strict=True):
             assert (ours - theirs).norm() <= rtol * (1 + theirs.norm())
+    ours = fused.state_dict()
     for name, value in eager.state_dict().items():
-        torch.testing.assert_close(fused.state_dict()[name], value, rtol=rtol, atol=rtol)
+        torch.testing.assert_close(ours[name], value, rtol=rtol, atol=rtol)
     x = torch.randn(shape, dtype=torch.float64, device=device)
     with torch.no_grad():
         torch.testing.assert_close(fused.eval()(x), eager.eval()(x), rtol=rtol, atol=rtol)

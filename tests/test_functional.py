@@ -14,13 +14,13 @@ from .support import (
     LAYOUTS,
     LEAVES,
     NORMS,
-    SHAPES,
     assert_as_good_as_eager,
     call,
     interpreted,
     lay_out,
     make_problem,
     run,
+    shapes_of,
 )
 
 
@@ -29,7 +29,7 @@ from .support import (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_forward_and_backward(backend, device, function, dtype, layout, training):
-    for shape in SHAPES:
+    for shape in shapes_of(backend):
         problem = make_problem(function, shape, dtype, layout, device, training)
         if training and problem.x.numel() == shape[1]:
             continue

@@ -26,7 +26,11 @@ def test_gradcheck(backend, device, function, layout, training, affine):
     assert (of_leaves(*leaves.values()).detach().abs() < 1e-4).sum() == (
         (of_leaves(*leaves.values()) == 0).sum()
     )
-    assert torch.autograd.gradcheck(of_leaves, tuple(leaves.values()))
+    # Interpreted, along one direction instead of every axis, 0.2 s instead of 2: test_functional
+    # holds every element of the gradients against fp64.
+    assert torch.autograd.gradcheck(
+        of_leaves, tuple(leaves.values()), fast_mode=interpreted(backend)
+    )
     if not interpreted(backend):  # below the first derivative, no backend has code of its own
         assert torch.autograd.gradgradcheck(of_leaves, tuple(leaves.values()))
 

@@ -25,33 +25,51 @@ def batch_norm_arguments(shape, layout, device, residual, training, dtype=torch.
     )  # fmt: skip
 
 
+def opcheck(op, arguments, symbolic=True):
+    """torch.library.opcheck; `symbolic` is its tracing with symbols for sizes, 95% of the time.
+
+    The fake is all that symbols meet of an op, one for all backends, and flags are no symbols: so
+    interpreted, and for further flags, it is left out.
+    """
+    utils = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if symbolic:
+        utils.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(op, arguments, test_utils=utils)
+
+
+def shapes_of(backend):
+    """Interpreted, two: test_mask has all."""
+    return SHAPES[1:3] if interpreted(backend) else SHAPES
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_add_relu(backend, device, layout):
     kernels = backends.KERNELS[backend]
-    for shape, flags in itertools.product(SHAPES, itertools.product((True, False), repeat=2)):
+    for shape in SHAPES:
         x, residual = (activation(shape, layout, device) for _ in range(2))
-        torch.library.opcheck(kernels.add_relu, (x, residual, *flags))
+        for flags in itertools.product((True, False), repeat=2):
+            opcheck(kernels.add_relu, (x, residual, *flags), symbolic=flags[0])
         _, mask = kernels.add_relu(x, residual, False, True)
-        torch.library.opcheck(kernels.add_relu_backward, (x, mask))
+        opcheck(kernels.add_relu_backward, (x, mask))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_opcheck_batch_norm(backend, device, layout, training):
     kernels = backends.KERNELS[backend]
-    shapes = SHAPES[1:3] if interpreted(backend) else SHAPES  # interpreted, a check takes a second
-    for shape, residual in itertools.product(shapes, (True, False)):
+    for shape, residual in itertools.product(shapes_of(backend), (True, False)):
         arguments = batch_norm_arguments(shape, layout, device, residual, training)
-        torch.library.opcheck(kernels.batch_norm, arguments)
+        opcheck(kernels.batch_norm, arguments, symbolic=not interpreted(backend))
         x, _, weight, bias, *_ = arguments
         _, mask, mean, rstd = kernels.batch_norm(*arguments)
         for needs in ((True, residual, True), (False, False, True), (True, False, False)):
-            torch.library.opcheck(
+            opcheck(
                 kernels.batch_norm_backward,
                 (
                     torch.randn_like(x), x, mask if residual else None, weight, bias, mean, rstd,
                     training, True, *needs,
                 ),
+                symbolic=all(needs[::2]) and not interpreted(backend),
             )  # fmt: skip
 
 
@@ -65,15 +83,17 @@ def dual_batch_norm_arguments(shape, layout, device, training, save_mask=True):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_opcheck_dual_batch_norm(backend, device, layout, training):
     kernels = backends.KERNELS[backend]
-    for shape in SHAPES[1:3] if interpreted(backend) else SHAPES:
+    for shape in shapes_of(backend):
         arguments = dual_batch_norm_arguments(shape, layout, device, training)
-        torch.library.opcheck(kernels.dual_batch_norm, arguments)
+        opcheck(kernels.dual_batch_norm, arguments, symbolic=not interpreted(backend))
         _, mask, mean, rstd = kernels.dual_batch_norm(*arguments)
         x, residual, weight, bias, _, _, residual_weight, residual_bias, *_ = arguments
         saved = (mask, weight, bias, residual_weight, residual_bias, mean, rstd, training)
         for needs in ((True, True, True), (False, True, False)):
-            torch.library.opcheck(
-                kernels.dual_batch_norm_backward, (torch.randn_like(x), x, residual, *saved, *needs)
+            opcheck(
+                kernels.dual_batch_norm_backward,
+                (torch.randn_like(x), x, residual, *saved, *needs),
+                symbolic=all(needs) and not interpreted(backend),
             )
 
 
@@ -81,11 +101,11 @@ def test_opcheck_dual_batch_norm(backend, device, layout, training):
 def test_opcheck_synchronised_batch_norm(backend, device, layout):
     kernels = backends.KERNELS[backend]
     x, _, weight, bias, *running = batch_norm_arguments(SHAPES[2], layout, device, False, True)[:6]
-    torch.library.opcheck(kernels.batch_norm_stats, (x,))
+    opcheck(kernels.batch_norm_stats, (x,))
     moments = kernels.batch_norm_stats(x).expand(3, -1).contiguous()
-    torch.library.opcheck(kernels.batch_norm_merge, (moments, *running, 0.1))
+    opcheck(kernels.batch_norm_merge, (moments, *running, 0.1))
     mean, var, _ = kernels.batch_norm_merge(moments, None, None, 0.1)
-    torch.library.opcheck(
+    opcheck(
         kernels.batch_norm_backward_apply,
         (x, x, None, weight, bias, mean, var, torch.cat([mean, var]), True, True, False),
     )

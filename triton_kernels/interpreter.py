@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,7 @@ from triton.runtime import interpreter
 
 
 def repair() -> None:
-    """Mend loop bounds with NumPy 2.4, rounding to bf16, warnings, and the time a call takes."""
+    """Mend loop bounds with NumPy 2.4, rounding to bf16, warnings, and the time that all takes."""
     patch_lang, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     cast = interpreter.InterpreterBuilder.cast_impl
 
@@ -40,6 +42,39 @@ def repair() -> None:
     interpreter._patch_lang = patch_lang_once
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter.InterpreterBuilder.cast_impl = cast_rounded
+    _quicken()
+
+
+def _quicken() -> None:
+    """The same results in a third of the time.
+
+    Nearly all of it goes into describing types and shapes, anew for every operation of a kernel.
+    """
+    # Repeats every int32 operation in int64, for an assertion that options.debug would turn on.
+    options = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+
+    _remember(tl.core.block_type, lambda element, shape: (element.name, *shape), "element_ty")
+    _remember(tl.core.tensor, lambda handle, type: type.name, "handle", "type")
+    describe = interpreter._get_np_dtype
+    dtypes: dict[str, Any] = {}
+    interpreter._get_np_dtype = lambda type: (
+        dtypes.get(type.name) or dtypes.setdefault(type.name, describe(type))
+    )
+
+
+def _remember(cls: Any, key_of: Callable[..., Any], *kept: str) -> None:
+    """Derive the attributes of `cls` once a key, but for the first arguments, which it keeps."""
+    original, known = cls.__init__, {}
+
+    def initialise(self: Any, *arguments: Any) -> None:
+        key = key_of(*arguments)
+        if key not in known:
+            original(self, *arguments)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key], **dict(zip(kept, arguments, strict=False)))
+
+    cls.__init__ = initialise
 
 
 def _to_bfloat16(values: np.ndarray) -> np.ndarray:
