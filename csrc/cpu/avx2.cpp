@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "moments.h"
 #include "storage.h"
 
 #if defined(__clang__)

@@ -13,8 +13,10 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "kernels.h"
+#include "moments.h"
 #include "parallel.h"
 #include "storage.h"
 
@@ -243,12 +245,9 @@ struct Moments {
 
   double mean() const { return sum / count; }
 
-  // Adds another part, by Chan's formula.
-  void merge(const Moments& part) {
+  void add(const Moments& part) {
     if (part.count == 0) return;
-    const double delta = part.mean() - (count > 0 ? mean() : 0);
-    m2 += part.m2 + delta * delta * (count * part.count / (count + part.count));
-    sum += part.sum;
+    Merge(count, part.count)(sum, m2, part.sum, part.m2);
     count += part.count;
   }
 
@@ -267,7 +266,13 @@ struct Moments {
 class MomentsOfTiles {
  public:
   MomentsOfTiles(const void* input, Dtype dtype, const Tiling& tiling, bool wanted)
-      : input_(input), dtype_(dtype), tiling_(tiling), partials_(tiling, wanted ? 2 : 0) {}
+      : input_(input), dtype_(dtype), tiling_(tiling), partials_(tiling, wanted ? 2 : 0) {
+    for (int64_t index = 0; wanted && index < tiling.tiles; ++index) {
+      const double count = double(tiling.count(index));
+      merges_.emplace_back(count_, count);
+      count_ += count;
+    }
+  }
 
   void stats(int64_t group, int64_t index) const {
     const Tile tile = tiling_.tile(group, index);
@@ -276,10 +281,10 @@ class MomentsOfTiles {
   }
 
   Moments of_channel(int64_t c) const {
-    Moments moments;
+    Moments moments{count_};
     for (int64_t index = 0; index < tiling_.tiles; ++index)
-      moments.merge({double(tiling_.count(index)), partials_.of_channel(0, c, index),
-                     partials_.of_channel(1, c, index)});
+      merges_[index](moments.sum, moments.m2, partials_.of_channel(0, c, index),
+                     partials_.of_channel(1, c, index));
     return moments;
   }
 
@@ -288,6 +293,8 @@ class MomentsOfTiles {
   Dtype dtype_;
   const Tiling& tiling_;
   Partials partials_;
+  std::vector<Merge> merges_;  // of each tile with those before it
+  double count_ = 0;
 };
 
 // One norm in forward, of x or of residual: its statistics, and the coefficients that they give.
@@ -518,7 +525,7 @@ void merge(const BatchNormMerge& args) {
       for (int64_t rank = 0; rank < args.n_ranks; ++rank) {
         const S* row = moments + rank * row_length;
         const double count = row[2 * args.n_channels];
-        whole.merge({count, count * row[c], row[args.n_channels + c]});
+        whole.add({count, count * row[c], row[args.n_channels + c]});
       }
       whole.update_running(args.running_mean, args.running_var, c, args.momentum);
       mean[c] = S(whole.mean());

@@ -7,9 +7,8 @@
 
 #pragma once
 
-#include <cmath>
-
 #include "kernels.h"
+#include "moments.h"
 #include "vec.h"
 
 namespace fusedskip::cpu::FUSEDSKIP_ISA {
@@ -238,17 +237,19 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
   if (tile.runs.streams) order_streams();
 }
 
-// Adds to `sum` and `m2` of one channel a block of `count` elements, of which are known the pivot K
-// near their mean, their plain sum, Σ(x - K) and Σ(x - K)²; `seen` elements came before (Chan et
-// al., 1983). The pivot makes mean >> std safe; the plain sum keeps an infinite mean infinite, as
-// torch.
-inline void merge_block(double& sum, double& m2, double seen, double count, double pivot,
-                        double plain, double d1, double d2) {
-  const double block_sum = std::fabs(plain) < HUGE_VAL ? pivot * count + d1 : plain;
-  const double block_m2 = d2 - d1 * d1 / count;
-  const double delta = block_sum / count - (seen > 0 ? sum / seen : 0);
-  m2 += block_m2 + delta * delta * (seen * count / (seen + count));
-  sum += block_sum;
+// The same for a block of which are known a pivot K near its mean, Σ(x - K) and Σ(x - K)².
+inline void merge_block(const Merge& merge, double& sum, double& m2, double pivot, double d1,
+                        double d2) {
+  merge(sum, m2, pivot * merge.count + d1, d2 - d1 * d1 * merge.per_element);
+}
+
+// The pivot of a block of n elements is the mean of k of them. It is then no further from the mean
+// of all than sqrt(M2/k), so that taking n·(mean - K)² off Σ(x - K)² costs at most log2(1 + n/k)
+// bits, whatever the data: 5 or 6 in the blocks below. One pass over the block is saved by it.
+// About an infinite pivot the mean of ±Inf would be NaN.
+template <typename S>
+inline Pack<S> finite_or_zero(Pack<S> a) {
+  return keep(a, ~exceeds(a - a, Pack<S>::broadcast(0)));  // Inf - Inf is NaN
 }
 
 // Independent accumulators hide the latency of an add: 4 cycles at up to 2 a cycle, halved by the
@@ -270,14 +271,18 @@ void stats_planes(const StatsTile& tile) {
   };
   const auto fold = [](const P(&a)[kColumn]) { return double(sum((a[0] + a[1]) + (a[2] + a[3]))); };
 
-  const double count = double(tile.runs.count) * double(tile.runs.length);
-  P plain[kColumn] = {}, d1[kColumn] = {}, d2[kColumn] = {};
   for (int64_t run = 0; run < tile.runs.count; ++run)
     prefetch<0>(tile.runs, tile_x + run * tile.runs.stride);
-  for_each([&](int k, P x, auto...) { plain[k] = plain[k] + x; });
-  const double plain_sum = fold(plain);
-  const S pivot = S(plain_sum / count);
-  const P pivots = P::broadcast(pivot);
+  constexpr int64_t kSample = 64 * P::kLanes;
+  const int64_t length = tile.runs.length < kSample ? tile.runs.length : kSample;
+  P sampled = {};
+  int64_t sample = 0;
+  for (int64_t run = 0; sample < kSample && 16 * run < tile.runs.count; ++run, sample += length)
+    for_each_pack<P::kLanes>(length, [&](int64_t i, auto... n) {
+      sampled = sampled + load(tile_x + run * tile.runs.stride + i, n...);
+    });
+  const P pivots = finite_or_zero(P::broadcast(sum(sampled) / S(sample)));
+  P d1[kColumn] = {}, d2[kColumn] = {};
   for_each([&](int k, P x, auto... n) {
     P d = x - pivots;
     ((d = keep(d, (1u << n) - 1)), ...);
@@ -285,11 +290,12 @@ void stats_planes(const StatsTile& tile) {
     d2[k] = fma(d, d, d2[k]);
   });
   *tile.sum = *tile.m2 = 0;
-  merge_block(*tile.sum, *tile.m2, 0, count, pivot, plain_sum, fold(d1), fold(d2));
+  const Merge merge(0, double(tile.runs.count) * double(tile.runs.length));
+  merge_block(merge, *tile.sum, *tile.m2, pivots.v[0][0], fold(d1), fold(d2));
 }
 
-// Rows a block: enough that merging in double costs little, few enough that the second look at a
-// column of 4 packs finds it in L1.
+// Rows a block: enough that merging in double costs little, few enough that bwd_reduce keeps its
+// sums in single precision.
 inline int64_t rows_a_block(int64_t n_channels) {
   const int64_t rows = 8192 / n_channels;
   return rows < 32 ? 32 : rows > 256 ? 256 : rows;
@@ -313,32 +319,32 @@ void stats_rows(const StatsTile& tile) {
   for (int64_t c = 0; c < n_channels; ++c) tile.sum[c] = tile.m2[c] = 0;
   for (int64_t row = 0; row < tile.runs.count; row += block) {
     const int64_t rows = row + block < tile.runs.count ? block : tile.runs.count - row;
+    const int64_t sample = rows < 64 ? (rows + 7) / 8 : 8;
     const T* x = static_cast<const T*>(tile.x) + row * n_channels;
+    const Merge merge{double(row), double(rows)};
     for_each_column<P::kLanes>(n_channels, [&](int64_t c, auto packs, auto... n) {
       constexpr int kPacks = packs;
       constexpr int kLanes = kPacks * P::kLanes;
-      P plain[kPacks] = {}, pivot[kPacks], d1[kPacks] = {}, d2[kPacks] = {};
-      for (int64_t r = 0; r < rows; ++r)
+      P pivot[kPacks] = {}, d1[kPacks] = {}, d2[kPacks] = {};
+      for (int64_t r = 0; r < sample; ++r)
         for (int k = 0; k < kPacks; ++k)
-          plain[k] = plain[k] + load(x + r * n_channels + c + k * P::kLanes, n...);
-      const P reciprocal = P::broadcast(S(1) / S(rows));
-      for (int k = 0; k < kPacks; ++k) pivot[k] = plain[k] * reciprocal;
+          pivot[k] = pivot[k] + load(x + r * n_channels + c + k * P::kLanes, n...);
+      for (int k = 0; k < kPacks; ++k)
+        pivot[k] = finite_or_zero(pivot[k] * P::broadcast(S(1) / S(sample)));
       for (int64_t r = 0; r < rows; ++r)
         for (int k = 0; k < kPacks; ++k) {
           const P d = load(x + r * n_channels + c + k * P::kLanes, n...) - pivot[k];
           d1[k] = d1[k] + d;
           d2[k] = fma(d, d, d2[k]);
         }
-      S lanes[4][kLanes];
-      std::memcpy(lanes[0], plain, sizeof(plain));
-      std::memcpy(lanes[1], pivot, sizeof(pivot));
-      std::memcpy(lanes[2], d1, sizeof(d1));
-      std::memcpy(lanes[3], d2, sizeof(d2));
+      S lanes[3][kLanes];
+      std::memcpy(lanes[0], pivot, sizeof(pivot));
+      std::memcpy(lanes[1], d1, sizeof(d1));
+      std::memcpy(lanes[2], d2, sizeof(d2));
       int valid = kLanes;
       ((valid = n), ...);
       for (int l = 0; l < valid; ++l)
-        merge_block(tile.sum[c + l], tile.m2[c + l], double(row), double(rows), lanes[1][l],
-                    lanes[0][l], lanes[2][l], lanes[3][l]);
+        merge_block(merge, tile.sum[c + l], tile.m2[c + l], lanes[0][l], lanes[1][l], lanes[2][l]);
     });
   }
 }
