@@ -9,10 +9,10 @@ INSTALLED := $(VENV)/.installed
 EXTENSION := fusedskip/_C.abi3.so
 CSRC := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 
-.PHONY: help build demo test lint format bench gpu wheel clean
+.PHONY: help build demo test lint format bench bench-compare readme gpu wheel clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 15
 
 # The install is editable and compiles nothing: build_ext below does, and recompiles only what changed.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -45,10 +45,19 @@ format: $(INSTALLED)  ## rewrite Python, C++ and CUDA in the project's style
 	clang-format -i $(CSRC)
 
 # glibc keeps freed memory: otherwise page faults of fresh outputs drown the kernels.
-bench: build  ## measure speed; SAVE=name also writes benchmarks/results/name.json
-	MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 \
-	python -m pytest benchmarks --benchmark-enable --benchmark-only \
-	    $(if $(SAVE),--benchmark-json=benchmarks/results/$(SAVE).json)
+bench bench-compare: export MALLOC_MMAP_THRESHOLD_ := 8000000000
+bench bench-compare: export MALLOC_TRIM_THRESHOLD_ := 16000000000
+RESULTS := benchmarks/results
+
+bench: build  ## measure speed, FULL=1 for hours; SAVE=name also writes benchmarks/results/name.json
+	python -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-max-time=0.2 \
+	    $(if $(FULL),--full) $(if $(SAVE),--benchmark-json=$(RESULTS)/$(SAVE).json)
+
+bench-compare: build  ## the working tree's speed over that of BASE=ref, with its spread; K=cases
+	python -m benchmarks.compare '$(BASE)' $(if $(K),-k '$(K)')
+
+readme: $(INSTALLED)  ## rewrite the README's tables and plots from benchmarks/results
+	python -m benchmarks.report --readme README.md $(sort $(wildcard $(RESULTS)/*.json))
 
 # Without .venv and network: $(PYTHON) holds torch, and the package is installed there, editable.
 gpu: OUT ?= gpu-results

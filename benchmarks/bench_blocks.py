@@ -1,10 +1,10 @@
 """Forward and backward of each block beside its eager twin: the convolutions are in it, too."""
 
-import pytest
+import itertools
+
 import torch
 from torch import nn
 
-import fusedskip
 from benchmarks import runners
 from fusedskip import blocks
 from tests import eager_blocks
@@ -60,10 +60,9 @@ KINDS = {
 # Channels in and out, plane, and with how large a batch: a tutorial's two blocks, and U-Net's.
 SHAPES = {
     "cpu": {
-        (3, 64, 32): 16, (64, 128, 32): 16,
-        (64, 64, 64): 4, (256, 256, 32): 4, (512, 512, 16): 4,
+        "3x64x32": 16, "64x128x32": 16, "64x64x64": 4, "256x256x32": 4, "512x512x16": 4,
     },
-    "cuda": {(64, 128, 32): 256, (256, 256, 32): 64},
+    "cuda": {"64x128x32": 256, "256x256x32": 64},
 }[runners.DEVICE]  # fmt: skip
 LAYOUTS, DTYPES = {
     "cpu": (list(runners.LAYOUTS), ["fp32"]),
@@ -77,19 +76,23 @@ def step(block: nn.Module, x: torch.Tensor, dout: torch.Tensor):
     return lambda: torch.autograd.grad(block(x), leaves, dout)
 
 
-@pytest.mark.parametrize("runner", ["eager", *runners.BACKENDS])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-@pytest.mark.parametrize("kind", KINDS)
+NAMES = ("kind", "shape", "layout", "dtype", "runner")
+CASES = list(itertools.product(KINDS, SHAPES, LAYOUTS, DTYPES, ("eager", *runners.BACKENDS)))
+
+
+def usual(kind, shape, layout, dtype, runner) -> bool:
+    return (shape, layout) == ("64x128x32", "channels_last")
+
+
 def bench_block(benchmark, measure, request, kind, shape, layout, dtype, runner):
-    in_channels, out_channels, side = shape
+    in_channels, out_channels, side = map(int, shape.split("x"))
     batch = request.config.getoption("--batch") or SHAPES[shape]
     case = {
         "function": kind,
         "shape": f"{batch}x{in_channels}x{side}x{side} to {out_channels}",
         "layout": layout,
         "dtype": dtype,
+        "passes": "both",
     }
     benchmark.group = " ".join(case.values())
     make, twins = KINDS[kind]
@@ -100,14 +103,13 @@ def bench_block(benchmark, measure, request, kind, shape, layout, dtype, runner)
         for module in (twins, blocks)
     )
     fused.load_state_dict(eager.state_dict())
-    x = runners.Inputs.random((batch, in_channels, side, side), layout, dtype).x
+    x = runners.Inputs.random("", (batch, in_channels, side, side), layout, dtype).x
     x = x.requires_grad_(in_channels > 3)
     dout = torch.randn_like(eager(x).detach())
-    with fusedskip.use_backend(runner if runner in runners.BACKENDS else "auto"):
+    with runners.using(runner):
         measure(
             step(eager if runner == "eager" else fused, x, dout),
             eager=step(eager, x, dout),
-            copy=lambda: None,
             describe=lambda seconds, eager_seconds, _: {
                 **case,
                 "runner": runner,

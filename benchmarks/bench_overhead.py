@@ -1,17 +1,20 @@
 """What a call costs where the tensor is too small to matter, beside eager's three calls."""
 
-import functools
+import itertools
 from collections.abc import Callable
 
-import pytest
-
-import fusedskip
 from benchmarks import runners
 
 # So many calls are timed at once: one takes less than reading the clock is good for.
 CALLS = 100
-
-PASSES = {"forward": runners.forward, "forward+backward": runners.forward_backward}
+FUNCTION = "batch_norm_add_relu"
+NAMES = ("shape", "passes", "layout", "runner")
+CASES = list(
+    itertools.product(
+        ("1x8x2x2", "8x64x7x7"), ("both", "forward"), runners.LAYOUTS,
+        ("eager", *runners.BACKENDS),
+    )
+)  # fmt: skip
 
 
 def repeated(call: Callable[[], object]) -> Callable[[], None]:
@@ -22,23 +25,17 @@ def repeated(call: Callable[[], object]) -> Callable[[], None]:
     return run
 
 
-@pytest.mark.parametrize("runner", ["eager", *runners.BACKENDS])
-@pytest.mark.parametrize("layout", runners.LAYOUTS)
-@pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("shape", ["1x8x2x2", "8x64x7x7"])
 def bench_overhead(benchmark, measure, shape, passes, layout, runner):
-    function = "batch_norm_add_relu"
-    case = {"function": f"{function}, {passes}", "shape": shape, "layout": layout, "dtype": "fp32"}
+    case = {
+        "function": FUNCTION, "shape": shape, "layout": layout, "dtype": "fp32", "passes": passes,
+    }  # fmt: skip
     benchmark.group = f"{CALLS} calls of {' '.join(case.values())}"
-    inputs = runners.Inputs.random(tuple(map(int, shape.split("x"))), layout, "fp32")
-    run, eager = (
-        repeated(functools.partial(PASSES[passes](r, function), inputs)) for r in (runner, "eager")
-    )
-    with fusedskip.use_backend(runner if runner in runners.BACKENDS else "auto"):
+    inputs = (runners.Inputs.random(FUNCTION, tuple(map(int, shape.split("x"))), layout, "fp32"),)
+    run, eager = (repeated(runners.step(r, FUNCTION, passes, inputs)) for r in (runner, "eager"))
+    with runners.using(runner):
         measure(
             run,
             eager,
-            copy=lambda: None,
             describe=lambda seconds, eager_seconds, _: {
                 **case,
                 "runner": runner,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import report, runners
 from benchmarks.runners import DEVICE
 
 RESULTS = pytest.StashKey[list[dict]]()
@@ -17,10 +17,36 @@ Call = Callable[[], object]
 
 def pytest_addoption(parser):
     parser.addoption("--batch", type=int, help="batch size, instead of each shape's own")
+    parser.addoption("--full", action="store_true", help="all cases: hours, not minutes")
 
 
 def pytest_configure(config):
     config.stash[RESULTS] = []
+
+
+def pytest_generate_tests(metafunc):
+    """A module lists the NAMES and values of its CASES, and may say which are the usual ones."""
+    module = metafunc.module
+    cases = module.CASES
+    if hasattr(module, "usual") and not metafunc.config.getoption("--full"):
+        cases = [case for case in cases if module.usual(*case)]
+    metafunc.parametrize(module.NAMES, cases)
+
+
+def pytest_benchmark_update_machine_info(machine_info):
+    machine_info["torch"] = torch.__version__
+    machine_info["device"] = (
+        torch.cuda.get_device_name()
+        if DEVICE == "cuda"
+        else f"{machine_info['cpu'].get('brand_raw', 'CPU')}, {torch.get_num_threads()} threads"
+    )
+
+
+def pytest_benchmark_update_json(config, output_json):
+    output_json["unavailable"] = runners.UNAVAILABLE
+    if not config.getoption("benchmark_save_data"):  # every round: megabytes
+        for benchmark in output_json["benchmarks"]:
+            benchmark["stats"].pop("data", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,7 +81,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def measure(benchmark, request):
-    """Time a runner among its rivals: `measure(run, eager, copy, describe)`.
+    """Time a runner among its rivals: `measure(run, eager, describe, copy)`.
 
     A round is copy, eager, copy, run: the machine's mood meets all of them, and both runners find
     the caches as a copy left them; `before` is called ahead of each. pytest-benchmark times `run`,
@@ -66,8 +92,8 @@ def measure(benchmark, request):
     def measure(
         run: Call,
         eager: Call,
-        copy: Call,
         describe: Callable[..., dict],
+        copy: Call = lambda: None,
         before: Call = lambda: None,
     ) -> None:
         rivals: dict[Call, list[float]] = {eager: [], copy: []}

@@ -1,25 +1,73 @@
-"""The runners: one training step of an operation as eager, Inductor and fusedskip have it."""
+"""The runners: an operation as eager, Inductor, fusedskip and other libraries have it."""
 
+import functools
+import importlib
+import importlib.util
+import itertools
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import fusedskip
-from fusedskip import reference
+from fusedskip import backends, reference
 
 FUNCTIONS = (
-    "batch_norm_add_relu", "batch_norm_relu", "dual_batch_norm_add_relu", "add_relu", "relu_add",
+    "batch_norm_add_relu", "batch_norm_relu", "dual_batch_norm_add_relu", "batch_norm_add",
+    "cat_batch_norm_relu", "add_relu", "relu_add", "bias_add_relu",
 )  # fmt: skip
+PASSES = ("both", "forward", "backward")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Those for this device. Triton's interpreter, which takes CPU tensors, is not for measuring.
-_TAKING = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[DEVICE]
-BACKENDS = tuple(name for name in _TAKING if name in fusedskip.available_backends())
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Library(NamedTuple):
+    """A rival: what to import, what installs it, where it runs, and which functions it has."""
+
+    module: str
+    package: str
+    device: str | None
+    functions: tuple[str, ...]
+
+
+LIBRARIES = {
+    "cudnn": Library(
+        "cudnn", "nvidia-cudnn-frontend", "cuda", ("batch_norm_add_relu", "batch_norm_relu")
+    ),
+    "timm": Library("timm", "timm", None, ("batch_norm_relu",)),
+}
+
+
+def _obstacle(runner: str) -> str | None:
+    """Why a runner cannot be measured here, or None."""
+    if runner in backends.KERNELS:
+        # Triton's interpreter, which takes CPU tensors, is not for measuring.
+        interpreted = (
+            "on a CPU it is interpreted" if (runner, DEVICE) == ("triton", "cpu") else None
+        )
+        return interpreted or backends.unavailable(runner, DEVICE)
+    library = LIBRARIES[runner]
+    if library.device not in (None, DEVICE):
+        return f"it needs a {library.device} device"
+    if importlib.util.find_spec(library.module) is None:
+        return f"{library.package} is not installed"
+    return None
+
+
+# What was not measured, and why. A library that refuses a case adds to it.
+UNAVAILABLE = {
+    runner: reason for runner in (*backends.KERNELS, *LIBRARIES) if (reason := _obstacle(runner))
+}
+UNAVAILABLE["flaggems"] = "it replaces torch's operators in the whole process, and so eager's"
+BACKENDS = tuple(name for name in backends.KERNELS if name not in UNAVAILABLE)
+RUNNERS = ("eager", "compile", *BACKENDS, *(name for name in LIBRARIES if name not in UNAVAILABLE))
+
+
+def has(runner: str, function: str) -> bool:
+    return runner not in LIBRARIES or function in LIBRARIES[runner].functions
 
 
 class Inputs(NamedTuple):
@@ -39,75 +87,122 @@ class Inputs(NamedTuple):
     copied: Tensor  # as large as x, for a copy of it
 
     @staticmethod
-    def random(shape: tuple[int, ...], layout: str, dtype: str) -> "Inputs":
+    def random(function: str, shape: tuple[int, ...], layout: str, dtype: str) -> "Inputs":
+        wide = (shape[0], 2 * shape[1], *shape[2:]) if function.startswith("cat") else shape
         x, residual, dout, copied = (
-            torch.randn(shape, device=DEVICE, dtype=DTYPES[dtype]).contiguous(
+            torch.randn(size, device=DEVICE, dtype=DTYPES[dtype]).contiguous(
                 memory_format=LAYOUTS[layout]
             )
-            for _ in range(4)
+            for size in (shape, shape, wide, shape)
         )
         channels = [torch.ones(shape[1], device=DEVICE) for _ in range(8)]
-        for parameter in (*channels[2:4], *channels[6:8]):
-            parameter.requires_grad_()
+        for index in (2, 3, 6, 7):
+            channels[index] = torch.nn.Parameter(channels[index])
         return Inputs(x.requires_grad_(), residual.requires_grad_(), *channels, dout, copied)
 
     @staticmethod
-    def rotation(shape: tuple[int, ...], layout: str, dtype: str) -> "list[Inputs]":
+    @functools.lru_cache(maxsize=1)  # the runners of a case share them
+    def rotation(
+        function: str, shape: tuple[int, ...], layout: str, dtype: str
+    ) -> "tuple[Inputs, ...]":
         """So many inputs that, taken in turn, none is found in the L2 cache of a GPU."""
         l2 = torch.cuda.get_device_properties(0).L2_cache_size if DEVICE == "cuda" else 0
         set_size = 3 * math.prod(shape) * DTYPES[dtype].itemsize  # x, residual, dout
         n_sets = max(1, math.ceil(4 * l2 / set_size))
-        return [Inputs.random(shape, layout, dtype) for _ in range(n_sets)]
+        return tuple(Inputs.random(function, shape, layout, dtype) for _ in range(n_sets))
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         norms = self.weight, self.bias, self.residual_weight, self.residual_bias
         return self.x, self.residual, *norms
 
+    def arguments(self, function: str) -> tuple[Tensor, ...]:
+        """Those of the public function, in its order."""
+        x, residual, *norm = self[:6]
+        if function in ("add_relu", "relu_add"):
+            return x, residual
+        if function == "bias_add_relu":
+            return x, residual, self.bias
+        if function == "batch_norm_relu":
+            return x, *norm
+        if function == "dual_batch_norm_add_relu":
+            return x, residual, *norm[:2], *self[6:8], *norm[2:], *self[8:10]
+        return x, residual, *norm
+
 
 def eager(function: str, inputs: Inputs) -> Tensor:
-    x, residual, *norm = inputs[:6]
-    if function in ("add_relu", "relu_add"):
-        return getattr(reference, function)(x, residual)
-    options = {"training": True, "momentum": 0.1, "eps": 1e-5}
+    options = True, 0.1, 1e-5  # training, momentum, eps
+    if function in ("batch_norm_relu", "batch_norm_add", "batch_norm_add_relu"):
+        residual = None if function == "batch_norm_relu" else inputs.residual
+        relu = function.endswith("relu")
+        return reference.batch_norm(inputs.x, residual, *inputs[2:6], *options, relu)
     if function == "dual_batch_norm_add_relu":
-        mean, var, weight, bias = inputs[6:10]
-        return reference.dual_batch_norm_add_relu(
-            x, residual, *norm[:2], mean, var, *norm[2:], weight, bias,
-            **options, residual_momentum=0.1, residual_eps=1e-5,
-        )  # fmt: skip
-    added = residual if function == "batch_norm_add_relu" else None
-    return reference.batch_norm(x, added, *norm, **options, relu=True)
+        options = *options, *options[1:]
+    elif "norm" not in function:
+        options = ()
+    return getattr(reference, function)(*inputs.arguments(function), *options)
 
 
 def fused(function: str, inputs: Inputs) -> Tensor:
-    x, residual, *norm = inputs[:6]
-    if function in ("add_relu", "relu_add"):
-        return getattr(fusedskip, function)(x, residual)
-    if function == "batch_norm_relu":
-        return fusedskip.batch_norm_relu(x, *norm, training=True)
-    if function == "dual_batch_norm_add_relu":
-        mean, var, weight, bias = inputs[6:10]
-        return fusedskip.dual_batch_norm_add_relu(
-            x, residual, *norm[:2], mean, var, *norm[2:], weight, bias, training=True
-        )
-    return fusedskip.batch_norm_add_relu(x, residual, *norm, training=True)
+    options = {"training": True} if "norm" in function else {}
+    return getattr(fusedskip, function)(*inputs.arguments(function), **options)
+
+
+@functools.cache
+def compiled() -> Callable[[str, Inputs], Tensor]:
+    """The eager form, compiled anew for each shape."""
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
+    torch._functorch.config.donated_buffer = False  # the backward pass alone is timed on one graph
+    return torch.compile(eager, fullgraph=True, dynamic=False)
+
+
+@functools.cache
+def _batch_norm_act(channels: int) -> torch.nn.Module:
+    return importlib.import_module("timm.layers").BatchNormAct2d(channels, device=DEVICE)
+
+
+def timm(_: str, inputs: Inputs) -> Tensor:
+    norm = _batch_norm_act(inputs.x.shape[1])
+    norm.running_mean, norm.running_var, norm.weight, norm.bias = inputs[2:6]
+    return norm(inputs.x)
 
 
 def forward(runner: str, function: str) -> Callable[[Inputs], Tensor]:
-    """The forward pass of `runner`: `"eager"`, `"compile"`, or a backend that is in use."""
-    if runner == "compile":
-        torch._dynamo.reset()  # or it would give up on the shapes that follow
-        return partial(torch.compile(eager, fullgraph=True, dynamic=False), function)
-    return partial(eager if runner == "eager" else fused, function)
+    """The forward pass of `runner`: one of RUNNERS, within `using` it."""
+    if runner == "cudnn":
+        run = importlib.import_module("benchmarks.cudnn").forward
+    elif runner == "compile":
+        run = compiled()
+    else:
+        run = {"eager": eager, "timm": timm}.get(runner, fused)
+    return functools.partial(run, function)
 
 
-def forward_backward(runner: str, function: str) -> Callable[[Inputs], object]:
-    """The forward and backward pass of `runner`, with gradients for all that has an influence."""
+def using(runner: str):
+    """A context in which calls run on `runner`."""
+    return fusedskip.use_backend(runner if runner in BACKENDS else "auto")
+
+
+def step(
+    runner: str, function: str, passes: str, rotation: tuple[Inputs, ...]
+) -> Callable[[], object]:
+    """A call that makes one pass, or both, with gradients for all that has an influence."""
     run = forward(runner, function)
-    return lambda inputs: torch.autograd.grad(
-        run(inputs), inputs.leaves, inputs.dout, allow_unused=True
-    )
+    turns = itertools.cycle(rotation)
+    if passes == "forward":
+        return lambda: run(next(turns))
+    if passes == "backward":
+        graphs = itertools.cycle([(run(inputs), inputs) for inputs in rotation])
+    else:
+        graphs = ((run(inputs), inputs) for inputs in turns)
+
+    def backward() -> object:
+        out, inputs = next(graphs)
+        return torch.autograd.grad(
+            out, inputs.leaves, inputs.dout, allow_unused=True, retain_graph=passes == "backward"
+        )
+
+    return backward
 
 
 def copy(inputs: Inputs) -> None:

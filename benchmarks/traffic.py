@@ -45,6 +45,25 @@ FORWARD = {
         "fused": Traffic(5, 1),  # read x, residual; read x, residual, write out, mask
         "floor": Traffic(3, 1),  # read x, residual, write out, mask
     },
+    "batch_norm_add": {
+        "eager": Traffic(6),  # read x twice, write out; read out, residual, write
+        "compile": Traffic(4),  # read x; read x, residual, write out
+        "fused": Traffic(4),
+        "floor": Traffic(3),  # read x, residual, write out
+    },
+    # skip has as many channels as x, so that out is two tensors.
+    "cat_batch_norm_relu": {
+        "eager": Traffic(9),  # read x twice, write y; read y, write y; read skip, y, write out
+        "compile": Traffic(5),  # read x; read x, skip, write out
+        "fused": Traffic(5),  # read skip, write its half; read x; read x, write the other half
+        "floor": Traffic(4),  # read x, skip, write out
+    },
+    "bias_add_relu": {
+        "eager": Traffic(7),  # read x, residual, write out; read out, write out, twice
+        "compile": Traffic(3),  # read x, residual, write out
+        "fused": Traffic(3, 1),  # read x, residual, write out, mask
+        "floor": Traffic(3, 1),
+    },
     "relu_add": {
         "eager": Traffic(5),  # read x, write; read that, residual, write out
         "compile": Traffic(3),  # read x, residual, write out
@@ -77,6 +96,24 @@ BACKWARD = {
         "fused": Traffic(8, 2),  # read dout, mask, x, residual; the same, write dx, dresidual
         "floor": Traffic(5, 1),  # read dout, mask, x, residual, write dx, dresidual
     },
+    "batch_norm_add": {
+        "eager": Traffic(5),  # read dout, x; read dout, x, write dx; dresidual is dout
+        "compile": Traffic(5),
+        "fused": Traffic(5),
+        "floor": Traffic(3),  # read dout, x, write dx
+    },
+    "cat_batch_norm_relu": {
+        "eager": Traffic(8),  # as batch_norm_relu; dskip is a view of dout
+        "compile": Traffic(7),
+        "fused": Traffic(7),  # read half of dout, write it by itself; read it, x; read it, x, write
+        "floor": Traffic(3),  # read half of dout, x, write dx
+    },
+    "bias_add_relu": {
+        "eager": Traffic(4),  # read dout, out, write dx; read dx
+        "compile": Traffic(5),  # read dout, out; read dout, out, write dx
+        "fused": Traffic(3, 2),  # read dout, mask; read dout, mask, write dx
+        "floor": Traffic(2, 1),  # read dout, mask, write dx
+    },
     "relu_add": {
         "eager": Traffic(3),  # read dout, what ReLU gave, write dx; dresidual is dout
         "compile": Traffic(3),
@@ -92,8 +129,20 @@ BACKWARD = {
 }
 
 
+# timm calls torch's kernels, as eager does. What has others is counted as fusedskip is.
+LIKE_EAGER = ("eager", "timm")
+
+
+def moved(function: str, passes: str, row: str) -> Traffic:
+    """What `row` of the tables moves in one pass, or in `"both"`."""
+    if passes == "both":
+        return FORWARD[function][row] + BACKWARD[function][row]
+    return {"forward": FORWARD, "backward": BACKWARD}[passes][function][row]
+
+
 def figures(
     function: str,
+    passes: str,
     runner: str,
     shape: tuple[int, ...],
     itemsize: int,
@@ -101,23 +150,23 @@ def figures(
     eager_seconds: float,
     copy_seconds: float,
 ) -> dict[str, float]:
-    """What a measured forward and backward pass says about `runner`, for `extra_info`.
+    """What a measured pass, or both, says about `runner`, for `extra_info`.
 
     Args:
-        runner: `"eager"`, `"compile"`, or a backend of fusedskip.
+        runner: one of `runners.RUNNERS`.
         seconds, eager_seconds, copy_seconds: medians; the copy is of one tensor.
     """
-    row = runner if runner in ("eager", "compile") else "fused"
-    passes = {name: FORWARD[function][name] + BACKWARD[function][name] for name in (row, "floor")}
+    row = "eager" if runner in LIKE_EAGER else "compile" if runner == "compile" else "fused"
     numel = math.prod(shape)
-    moved, floor = (passes[name].bytes(numel, itemsize) for name in (row, "floor"))
+    n_bytes, floor = (moved(function, passes, r).bytes(numel, itemsize) for r in (row, "floor"))
     copy_bandwidth = Traffic(2).bytes(numel, itemsize) / copy_seconds  # read, write
     return {
         "ms": 1e3 * seconds,
-        "bytes": moved,
-        "gb_s": moved / seconds / 1e9,
+        "bytes": n_bytes,
+        "gb_s": n_bytes / seconds / 1e9,
         "copy_gb_s": copy_bandwidth / 1e9,
-        "copy_share": moved / seconds / copy_bandwidth,
+        "copy_share": n_bytes / seconds / copy_bandwidth,
         "over_floor": seconds * copy_bandwidth / floor,
+        "floor_share": floor / (seconds * copy_bandwidth),
         "speed": eager_seconds / seconds,
     }

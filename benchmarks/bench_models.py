@@ -1,0 +1,97 @@
+"""Training steps and inference of torchvision's ResNets: as they are, compiled, fused, and both."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fusedskip
+from benchmarks import runners
+from tests.libraries import torchvision
+
+RUNNERS = {
+    "eager": lambda model: model,
+    "compile": torch.compile,
+    "fuse": fusedskip.fuse,
+    "fuse+compile": lambda model: torch.compile(fusedskip.fuse(model)),
+}
+# With how many images, and in what.
+BATCH, LAYOUTS, DTYPE = {
+    "cpu": (2, list(runners.LAYOUTS), "fp32"),
+    "cuda": (128, ["channels_last"], "bf16"),
+}[runners.DEVICE]
+NAMES = ("model", "mode", "layout", "runner")
+CASES = list(
+    itertools.product(("resnet18", "resnet50"), ("training", "inference"), LAYOUTS, RUNNERS)
+)
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+def usual(model, mode, layout, runner) -> bool:
+    """Inductor takes minutes for a ResNet-50 on a CPU; a GPU is for nothing less."""
+    if runners.DEVICE == "cuda":
+        return model == "resnet50"
+    compiled = runner in ("compile", "fuse+compile")
+    return layout == "channels_last" and not (model == "resnet50" and compiled)
+
+
+def training(model: torch.nn.Module, images: torch.Tensor):
+    labels = torch.arange(len(images), device=images.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        with autocast():
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def inference(model: torch.nn.Module, images: torch.Tensor):
+    def step() -> None:
+        with torch.no_grad(), autocast():
+            model(images)
+
+    return step
+
+
+def autocast():
+    if DTYPE == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(runners.DEVICE, runners.DTYPES[DTYPE])
+
+
+def bench_model(benchmark, measure, request, model, mode, layout, runner):
+    batch = request.config.getoption("--batch") or BATCH
+    shape = f"{batch}x3x224x224"
+    case = {"function": model, "shape": shape, "layout": layout, "dtype": DTYPE, "passes": mode}
+    benchmark.group = " ".join(case.values())
+    images = torch.randn(batch, 3, 224, 224, device=runners.DEVICE)
+    images = images.contiguous(memory_format=runners.LAYOUTS[layout])
+    run, eager = (
+        {"training": training, "inference": inference}[mode](
+            RUNNERS[r](
+                getattr(torchvision.models, model)()
+                .to(runners.DEVICE, memory_format=runners.LAYOUTS[layout])
+                .train(mode == "training")
+            ),
+            images,
+        )
+        for r in (runner, "eager")
+    )
+    measure(
+        run,
+        eager,
+        describe=lambda seconds, eager_seconds, _: {
+            **case,
+            "runner": runner,
+            "ms": 1e3 * seconds,
+            "speed": eager_seconds / seconds,
+        },
+        before=runners.occupy,
+    )

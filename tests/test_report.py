@@ -1,0 +1,57 @@
+"""The README and its plots are what `make readme` makes of the committed results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_ops, compare, report, runners
+
+ROOT = Path(__file__).parent.parent
+RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+
+
+@pytest.fixture
+def results() -> list[dict]:
+    return report.results_of(json.loads(RESULTS[0].read_text()))
+
+
+def test_readme_shows_the_committed_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "benchmarks/results"
+    folder.mkdir(parents=True)
+    copies = [folder / path.name for path in RESULTS]
+    for path, copied in zip(RESULTS, copies, strict=True):
+        copied.write_bytes(path.read_bytes())
+    readme = tmp_path / "README.md"
+    readme.write_text((ROOT / "README.md").read_text())
+    command = [sys.executable, "-m", "benchmarks.report", "--readme", readme, *copies]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert readme.read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
+    plots = sorted(folder.glob("*.svg"))
+    assert len(plots) == 2 * len(RESULTS)
+    for plot in plots:
+        assert plot.read_bytes() == (ROOT / "benchmarks/results" / plot.name).read_bytes(), plot
+
+
+def test_losses_stand_beside_wins(results):
+    slow = {**results[0], "runner": "slow", "speed": 0.5}
+    table = report.table([results[0], slow], ("function",))
+    assert f"| eager | slow |\n| --- | --- | --- |\n| {slow['function']} |" in table
+    assert table.endswith("| 0.50 |\n")
+
+
+def test_every_function_and_pass_has_its_usual_cases():
+    usual = {case for case in bench_ops.CASES if bench_ops.usual(*case)}
+    assert {case[0] for case in usual} == set(runners.FUNCTIONS)
+    assert {case[4] for case in usual} == set(runners.PASSES)
+    assert {case[5] for case in usual} == set(runners.RUNNERS)
+
+
+def test_comparison_has_a_median_and_its_spread():
+    case = ("add_relu", "8x64", "nchw", "fp32", "both", "cpu")
+    new = ("relu_add", *case[1:])
+    turns = [({case: 1.0}, {case: speed, new: 2.0}) for speed in (1.0, 1.1, 1.2, 1.3, 1.4)]
+    assert compare.ratios(turns).endswith("| cpu | 1.200 | 1.100 | 1.300 |\n")
