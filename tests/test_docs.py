@@ -28,4 +28,4 @@ def test_snippets(monkeypatch):
     names = {}
     for snippet in snippets():
         exec(compile(snippet, PAGE, "exec"), names)
-    assert names["graph"]  # of the last one
+    assert names["masks"]  # of the last one
