@@ -1,5 +1,6 @@
 """The README and its plots are what `make readme` makes of the committed results."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -32,8 +33,11 @@ def test_readme_shows_the_committed_results(tmp_path):
     assert readme.read_text() == (ROOT / "README.md").read_text(), "run `make readme`"
     plots = sorted(folder.glob("*.svg"))
     assert len(plots) == 2 * len(RESULTS)
+    version = importlib.metadata.version("matplotlib")
+    same_release = f"matplotlib=={version}\n" in (ROOT / "constraints.txt").read_text()
     for plot in plots:
-        assert plot.read_bytes() == (ROOT / "benchmarks/results" / plot.name).read_bytes(), plot
+        committed = (ROOT / "benchmarks/results" / plot.name).read_bytes()
+        assert plot.read_bytes() == committed or not same_release, plot  # another draws otherwise
 
 
 def test_losses_stand_beside_wins(results):
