@@ -8,6 +8,7 @@ PIP_INSTALL := python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 EXTENSION := fusedskip/_C.abi3.so
 CSRC := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+TEST_CPP := $(wildcard tests/*.cpp tests/emulator/*.cpp tests/emulator/*.h)
 
 .PHONY: help build demo test lint format bench bench-compare readme gpu wheel clean
 
@@ -36,13 +37,13 @@ test: build  ## run all tests
 lint: $(INSTALLED)  ## check style and types
 	ruff check .
 	ruff format --check .
-	clang-format --dry-run -Werror $(CSRC)
+	clang-format --dry-run -Werror $(CSRC) $(TEST_CPP)
 	mypy
 
 format: $(INSTALLED)  ## rewrite Python, C++ and CUDA in the project's style
 	ruff check --fix .
 	ruff format .
-	clang-format -i $(CSRC)
+	clang-format -i $(CSRC) $(TEST_CPP)
 
 # glibc keeps freed memory: otherwise page faults of fresh outputs drown the kernels.
 bench bench-compare: export MALLOC_MMAP_THRESHOLD_ := 8000000000
