@@ -32,7 +32,7 @@ class AddReLU(torch.autograd.Function):
             with torch.no_grad():
                 ones = torch.ones_like(dense_dout)
                 passes = KERNELS[ctx.backend].add_relu_backward(ones, mask)
-            dx = dout * passes
+            dx = torch.where(passes != 0, dout, 0)
         else:
             dx = KERNELS[ctx.backend].add_relu_backward(dense_dout, mask)
         return dx, dout if ctx.relu_first else dx, None, None
@@ -65,7 +65,7 @@ class BiasAddReLU(torch.autograd.Function):
         dout = strided(dout, ctx.strides)
         # x only matters to the gradient of a weight, and there is none.
         if _is_differentiated():
-            dx = dout * _passes(ctx.backend, dout, mask, None, bias, mean, rstd)
+            dx = _gated(ctx.backend, dout, dout, mask, None, bias, mean, rstd)
             dbias = dx.transpose(0, 1).flatten(1).sum(1, dtype=bias.dtype)
         else:
             dx, _, _, dbias = KERNELS[ctx.backend].batch_norm_backward(
@@ -128,7 +128,7 @@ class BatchNorm(torch.autograd.Function):
         if _is_differentiated():
             dresidual = dout
             if ctx.relu:
-                dresidual = dout * _passes(ctx.backend, x, mask, weight, bias, mean, rstd)
+                dresidual = _gated(ctx.backend, dout, x, mask, weight, bias, mean, rstd)
             dx, dweight, dbias = _norm_gradients(
                 dresidual, x, weight, mean, rstd, ctx.training, (need_x, need_weight, need_bias)
             )
@@ -187,7 +187,7 @@ class CatBatchNormReLU(torch.autograd.Function):
         dnorm = dout[:, ctx.n_skip :]
         if _is_differentiated():
             dx, dweight, dbias = _norm_gradients(
-                dnorm * _passes(ctx.backend, x, None, weight, bias, mean, rstd),
+                _gated(ctx.backend, dnorm, x, None, weight, bias, mean, rstd),
                 x, weight, mean, rstd, ctx.training, (need_x, need_weight, need_bias),
             )  # fmt: skip
         else:
@@ -249,7 +249,7 @@ class DualBatchNorm(torch.autograd.Function):
         dout = strided(dout, ctx.strides)
         if _is_differentiated():
             # The mask alone says what passes.
-            g = dout * _passes(ctx.backend, dout, mask, None, None, mean[0], rstd[0])
+            g = _gated(ctx.backend, dout, dout, mask, None, None, mean[0], rstd[0])
             dx, dweight, dbias = _norm_gradients(
                 g, x, weight, mean[0], rstd[0], ctx.training, (need_x, *need_parameters[:2])
             )
@@ -279,8 +279,9 @@ def _is_differentiated() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
-def _passes(
+def _gated(
     backend: str,
+    dout: Tensor,
     x: Tensor,
     mask: Tensor | None,
     weight: Tensor | None,
@@ -288,12 +289,13 @@ def _passes(
     mean: Tensor,
     rstd: Tensor,
 ) -> Tensor:
-    """1 where ReLU passed, else 0, like `x`: the gradient of the kernels' gate, a constant."""
+    """`dout` where ReLU passed, by the kernels' own gate, else 0; that gate has no derivative."""
     with torch.no_grad():
         x = dense(x)
-        return KERNELS[backend].batch_norm_backward(
+        passes = KERNELS[backend].batch_norm_backward(
             torch.ones_like(x), x, mask, weight, bias, mean, rstd, False, True, False, True, False
         )[1]
+    return torch.where(passes != 0, dout, 0)  # no product: a NaN that is stopped leaves no trace
 
 
 def _norm_gradients(

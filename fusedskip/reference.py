@@ -191,7 +191,7 @@ class Stages:
     ) -> Tensor:
         if relu and mask is None:
             mask = ~(Stages._normalised(x, weight, bias, mean, rstd).to(x.dtype) <= 0)
-        return dout if mask is None else dout * mask
+        return dout if mask is None else torch.where(mask, dout, 0)
 
 
 def _statistics_dtype(x: Tensor) -> torch.dtype:

@@ -28,9 +28,10 @@ def leaf(forward: F) -> F:
 
     @wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], fx.Proxy):
-            tracer: Any = args[0].tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        for given in (*args, *kwargs.values()):
+            if isinstance(given, fx.Proxy):
+                tracer: Any = given.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return forward(self, *args, **kwargs)
 
     return call  # type: ignore[return-value]

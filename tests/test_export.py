@@ -47,7 +47,7 @@ class Modules(nn.Module):
         self.add = fusedskip.AddReLU()
 
     def forward(self, x, y):
-        return self.add(self.norm_add(self.norm(x), y), y)
+        return self.add(self.norm_add(x=self.norm(x), residual=y), y)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])

@@ -79,3 +79,32 @@ def test_gradient_penalty(backend, device, function, training, dtype, param_dtyp
         ours, theirs = ((t[name].cpu().double() - want).norm() for t in (second, eager))
         # fp64 has itself for truth, so that eager is not off at all: hence the eight units.
         assert ours <= 2 * theirs + 8 * torch.finfo(eager[name].dtype).eps * want.norm(), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("function", [name for name in (*FUNCTIONS, CAT) if "relu" in name])
+def test_what_relu_stops_leaves_no_trace(backend, device, function, training):
+    """Inf and NaN included, in a backward pass that is differentiated as in one that is not."""
+    problem = make_problem(function, (3, 4, 2, 3), torch.float64, device=device, training=training)
+    leaves = problem.leaves()
+    out = call(problem, **leaves, **problem.buffers())
+    stopped = out == 0
+    if function == "relu_add":
+        stopped = problem.x <= 0
+    assert stopped.any()
+    dout = problem.dout.masked_fill(stopped, float("nan"))
+    wanted = [leaf for name, leaf in leaves.items() if (function, name) != ("relu_add", "residual")]
+    usual = torch.autograd.grad(out, wanted, dout, retain_graph=True)
+    differentiated = torch.autograd.grad(out, wanted, dout, create_graph=True)
+    for ours, want in zip(differentiated, usual, strict=True):
+        assert torch.isfinite(want).all()
+        torch.testing.assert_close(ours, want)
+
+
+def test_residual_alone_is_differentiated(backend, device):
+    problem = make_problem("batch_norm_add_relu", (3, 4), torch.float64, device=device)
+    residual = problem.residual.requires_grad_()
+    out = call(problem, **problem.tensors)
+    (dresidual,) = torch.autograd.grad(out.square().sum(), residual, create_graph=True)
+    (second,) = torch.autograd.grad(dresidual.sum(), residual)
+    torch.testing.assert_close(second, 2 * (out > 0).double())
