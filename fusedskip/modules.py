@@ -18,6 +18,7 @@ class _Call:
 
     def __init__(self, bn: _BatchNorm, x: Tensor) -> None:
         bn._check_input_dim(x)
+        self._bn = bn
         tracks = bn.training and bn.track_running_stats
         # Buffers take part in training when tracked, and in evaluation always.
         use_buffers = tracks or not bn.training
@@ -38,6 +39,22 @@ class _Call:
             self.momentum = 1.0
         self.running_mean, self.running_var = running
 
+    def norm(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        """`relu?(bn(x) + residual?)`, and count."""
+        bn, running = self._bn, (self.running_mean, self.running_var)
+        if self.group is None:
+            out = functional._batch_norm(
+                x, residual, *running, bn.weight, bn.bias,
+                self.training, self.momentum, bn.eps, relu,
+            )  # fmt: skip
+        else:
+            out = distributed.sync_batch_norm(
+                x, residual, *running, bn.weight, bn.bias,
+                self.momentum, bn.eps, relu, self.group,
+            )  # fmt: skip
+        self.count()
+        return out
+
     def count(self) -> None:
         """Update the counter, after the call: a refused one counts nothing."""
         if self._counter is None:
@@ -49,23 +66,14 @@ class _Call:
 
 def apply_norm(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """`relu?(bn(x) + residual?)` with the bookkeeping of `nn.BatchNorm*d.forward`."""
-    call = _Call(bn, x)
-    norm = (call.running_mean, call.running_var, bn.weight, bn.bias)
-    if call.group is None:
-        out = functional._batch_norm(x, residual, *norm, call.training, call.momentum, bn.eps, relu)
-    else:
-        out = distributed.sync_batch_norm(
-            x, residual, *norm, call.momentum, bn.eps, relu, call.group
-        )
-    call.count()
-    return out
+    return _Call(bn, x).norm(x, residual, relu)
 
 
 def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
     """`cat([skip, relu(bn(x))], dim=1)`, the bookkeeping of `bn` included."""
     call = _Call(bn, x)
     if call.group is not None:
-        return torch.cat([skip, apply_norm(bn, x, None, relu=True)], dim=1)
+        return torch.cat([skip, call.norm(x, None, relu=True)], dim=1)
     out = functional.cat_batch_norm_relu(
         x, skip, call.running_mean, call.running_var, bn.weight, bn.bias,
         call.training, call.momentum, bn.eps,
@@ -79,7 +87,7 @@ def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual
     call, other = _Call(bn, x), _Call(residual_bn, residual)
     is_one = call.training == other.training and bn is not residual_bn  # neither alone is frozen
     if not is_one or call.group is not None or other.group is not None:
-        return apply_norm(bn, x, apply_norm(residual_bn, residual, None, relu=False), relu=True)
+        return call.norm(x, other.norm(residual, None, relu=False), relu=True)
     out = functional.dual_batch_norm_add_relu(
         x, residual, call.running_mean, call.running_var, other.running_mean, other.running_var,
         bn.weight, bn.bias, residual_bn.weight, residual_bn.bias,
