@@ -1,4 +1,5 @@
-// The kernels for AVX-512 F, BW, DQ and VL (x86-64-v4).
+// The kernels for AVX-512 F, BW, DQ, VL and VBMI: Ice Lake, Zen 4 and later. The processors before
+// them lower their clock for vectors of 512 bits, and run AVX2.
 //
 // What other headers define inline comes before the target pragma: compiled behind it, the linker
 // could choose that copy for every file, and an older processor would stop at it.
@@ -12,11 +13,11 @@
 #include "storage.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(                                                    \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")
 #endif
 
 // GCC's own AVX-512 headers start from a register that they leave undefined on purpose.

@@ -35,7 +35,8 @@ InstructionSet choose_instruction_set() {
   const std::string_view capability = variable ? variable : "avx512";
   const bool allows_avx2 = capability != "default", allows_avx512 = capability == "avx512";
   if (allows_avx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vbmi"))
     return {"avx512", avx512::kKernels};
   if (allows_avx2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
