@@ -1,5 +1,6 @@
 """Which kernels a call runs on: one table of backends, and the choice that `auto` makes."""
 
+import importlib
 import importlib.util
 import os
 import warnings
@@ -117,6 +118,24 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _active = previous
+
+
+@contextmanager
+def on_chip(allowed: bool = True) -> Iterator[None]:
+    """Let the `cuda` backend make each pass in training one launch, where the GPU has room for it.
+
+    Its blocks wait for each other and keep in shared memory what they can. Until a GPU has measured
+    where that pays, two launches are the default. Process-wide, like `use_backend`.
+
+    Raises:
+        AttributeError: for an installation that was built without `cuda`.
+    """
+    allow = importlib.import_module("fusedskip._C").cuda_allow_on_chip
+    previous = allow(allowed)
+    try:
+        yield
+    finally:
+        allow(previous)
 
 
 @cache

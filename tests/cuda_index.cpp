@@ -27,31 +27,37 @@ int64_t numel(const View& v) { return v.n_outer * v.n_channels * v.n_inner; }
 int64_t channel_of(const View& v, int64_t element) { return element / v.n_inner % v.n_channels; }
 
 // Calls body(channel_block, program, thread, place) for all octets that the grid takes.
-template <bool kChannelsLast, int kWidth, typename Body>
-void for_each_place(const Tiling& t, bool backwards, Body body) {
+template <bool kChannelsLast, int kWidth, bool kBackwards, typename Body>
+void for_each_place(const Tiling& t, Body body) {
   for (int64_t block = 0; block < t.channel_blocks; ++block)
     for (int program = 0; program < t.programs; ++program)
       for (int thread = 0; thread < kThreads; ++thread)
-        for (Walk<kChannelsLast, kWidth> walk(t, block, program, thread, backwards); !walk.done();)
-          body(block, program, thread, walk.next());
+        for (Walk<kChannelsLast, kWidth, kBackwards> walk(t, block, program, thread); !walk.done();)
+          if (const Place place = walk.next(); place.elements > 0)
+            body(block, program, thread, place);
 }
 
-// No more blocks than are meant, and programs within one tile of each other.
-void check_grid(const Tiling& t, int64_t resident) {
+// No more blocks than are meant, and programs within one round of each other.
+void check_grid(const Tiling& t, int64_t blocks) {
   const int64_t positions = t.view.n_outer * (t.channels_last ? 1 : t.octets);
   const int64_t tiles = ceil_div(positions, t.depth());
   CHECK(t.columns >= 1 && t.columns <= kMaxColumns && kThreads % t.columns == 0);
   CHECK(t.programs >= 1 && t.programs <= tiles && t.programs <= 65535);
-  CHECK(t.programs == 1 ||
-        t.programs * t.channel_blocks <= (t.channels_last ? resident : 4 * kBlocks));
+  CHECK(t.programs == 1 || t.programs * t.channel_blocks <= blocks);
   CHECK((t.programs - 1) * ceil_div(tiles, t.programs) < tiles);
+  int64_t rounds = 0;
+  for (int program = 0; program < t.programs; ++program) {
+    CHECK(t.rounds(program) >= 1 && t.rounds(program) <= t.rounds(0));
+    rounds += t.rounds(program);
+  }
+  CHECK(rounds == tiles);
 }
 
 // Every element, and every byte of the mask, belongs to one thread; so does every element of a
 // channel to one program, that a channel's partial results are summed over. Accesses are aligned
 // and stay within their row.
-template <bool kChannelsLast, int kWidth>
-void check_cover(const Tiling& t, bool backwards) {
+template <bool kChannelsLast, int kWidth, bool kBackwards>
+void check_cover(const Tiling& t, int64_t out_pitch = 0) {
   const View& v = t.view;
   if (v.row_length() % kWidth != 0) return;
   std::vector<uint8_t> elements(numel(v)), bytes(v.n_rows() * v.mask_row_bytes());
@@ -63,8 +69,8 @@ void check_cover(const Tiling& t, bool backwards) {
     CHECK(column % kOctet == 0 && column + p.elements <= v.row_length());
     CHECK(p.elements == kOctet || column + p.elements == v.row_length());
     CHECK(p.byte == row * v.mask_row_bytes() + column / kOctet);
-    const int64_t outer = p.element / t.outer_elements;
-    CHECK(p.result == p.element + outer * (t.outer_results - t.outer_elements));
+    const int64_t dense = v.n_channels * v.n_inner, outer = p.element / dense;
+    CHECK(p.result == p.element + outer * (out_pitch ? out_pitch - dense : 0));
     ++bytes[p.byte];
     for (int i = 0; i < p.elements; ++i) {
       ++elements[p.element + i];
@@ -72,9 +78,35 @@ void check_cover(const Tiling& t, bool backwards) {
             t.channels(block, thread).first + (kChannelsLast ? i : 0));
     }
   };
-  for_each_place<kChannelsLast, kWidth>(t, backwards, check_place);
+  for_each_place<kChannelsLast, kWidth, kBackwards>(t, check_place);
   for (const uint8_t times : elements) CHECK(times == 1);
   for (const uint8_t times : bytes) CHECK(times == 1);
+}
+
+// A thread walks back over its own places, round for round, from the last. Before them and behind
+// them nothing exists, as far as an unrolled loop may look.
+template <bool kChannelsLast>
+void check_return(const Tiling& t) {
+  constexpr int kUnroll = 6;
+  for (const int64_t block : {int64_t{0}, t.channel_blocks - 1})
+    for (int program = 0; program < t.programs; ++program)
+      for (const int thread : {0, 5, 8, 100, kThreads - 1}) {
+        std::vector<Place> places;
+        Walk<kChannelsLast, 1, false> there(t, block, program, thread);
+        for (; !there.done(); places.push_back(there.next()))
+          CHECK(there.round() == int(places.size()));
+        CHECK(int(places.size()) == t.rounds(program));
+        for (size_t round = 0; round + 1 < places.size(); ++round)
+          CHECK(places[round].elements > 0 || t.channels(block, thread).count == 0);
+        Walk<kChannelsLast, 1, true> back(t, block, program, thread);
+        for (; !back.done(); places.pop_back()) {
+          CHECK(back.round() + 1 == int(places.size()));
+          const Place p = back.next(), q = places.back();
+          CHECK(p.element == q.element && p.byte == q.byte && p.elements == q.elements);
+        }
+        CHECK(places.empty());
+        for (int u = 0; u < kUnroll; ++u) CHECK(there.next().elements + back.next().elements == 0);
+      }
 }
 
 // The threads of a column agree on their channels, whose partial results are theirs alone; and each
@@ -130,7 +162,7 @@ void check_moments(const Tiling& t) {
       part.squares += deviation * deviation;
     }
   };
-  for_each_place<kChannelsLast, 1>(t, false, take);
+  for_each_place<kChannelsLast, 1, false>(t, take);
   for (int64_t c = 0; c < v.n_channels; ++c) {
     const double origin = x[c * v.n_inner];
     struct Moments {
@@ -171,21 +203,29 @@ void check_moments(const Tiling& t) {
 
 template <bool kChannelsLast>
 void check_shape(const View& v) {
-  const Tiling t(current = v), stats = stats_tiling(v, 2), stages = stage_tiling(v, 2);
+  current = v;
+  const Tiling t = stage_tiling(v, 1), stats = stats_tiling(v, 2), stages = stage_tiling(v, 2);
   CHECK(t.channels_last == kChannelsLast);
-  check_grid(t, kBlocks);
-  check_grid(stats, kBlocks / 2);
-  check_grid(stages, kDualBlocks);
+  check_grid(t, kChannelsLast ? kBlocks : 4 * kBlocks);
+  check_grid(stats, kChannelsLast ? kBlocks / 2 : 4 * kBlocks);
+  check_grid(stages, kChannelsLast ? kDualBlocks : 4 * kBlocks);
   // What stats leaves to apply does not hang on how many programs either has.
   CHECK(stats.columns == stages.columns && stats.channel_blocks == stages.channel_blocks);
   check_channels(t);
-  check_cover<kChannelsLast, 1>(t, false);
-  check_cover<kChannelsLast, kOctet>(t, true);
-  check_cover<kChannelsLast, kOctet>(stats, false);
-  check_cover<kChannelsLast, 1>(stages, true);
-  Tiling pitched = t;
-  pitched.outer_results += 24;
-  check_cover<kChannelsLast, kOctet>(pitched, true);
+  check_cover<kChannelsLast, 1, false>(t);
+  check_cover<kChannelsLast, kOctet, true>(t);
+  check_cover<kChannelsLast, kOctet, false>(stats);
+  check_cover<kChannelsLast, 1, true>(stages);
+  check_return<kChannelsLast>(t);
+  const int64_t out_pitch = v.n_channels * v.n_inner + 24;
+  check_cover<kChannelsLast, kOctet, true>(t.with_pitch(out_pitch), out_pitch);
+  // One launch, on a GPU that holds fewer blocks.
+  for (const int64_t blocks : {5, 128, 320}) {
+    const Tiling together(v, blocks);
+    check_grid(together, blocks);
+    check_cover<kChannelsLast, 1, true>(together);
+    check_return<kChannelsLast>(together);
+  }
   if (numel(v) * v.n_channels < 200'000) check_moments<kChannelsLast>(t);
 }
 
@@ -195,16 +235,17 @@ void check(const View& v) { v.n_inner == 1 ? check_shape<true>(v) : check_shape<
 template <bool kChannelsLast>
 void check_large(const View& v) {
   using Wide = __int128;
-  const Tiling t(current = v);
+  const Tiling t(current = v, kBlocks);
   check_grid(t, kBlocks);
   Wide furthest = 0;
   for (const int64_t block : {int64_t{0}, t.channel_blocks / 2, t.channel_blocks - 1})
     for (const int program : {0, t.programs / 3, t.programs - 1})
       for (const int thread : {0, 1, 16, 77, kThreads - 1}) {
         Wide position = Wide(program) * t.depth() + thread / t.columns;
-        Walk<kChannelsLast, 1> walk(t, block, program, thread, false);
+        Walk<kChannelsLast, 1, false> walk(t, block, program, thread);
         for (; !walk.done(); position += Wide(t.programs) * t.depth()) {
           const Place p = walk.next();
+          if (p.elements == 0) break;
           Wide row = position, octet = Wide(block) * t.columns + thread % t.columns;
           if (!kChannelsLast) {
             row = position / t.octets * v.n_channels + block;

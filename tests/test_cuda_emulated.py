@@ -12,7 +12,9 @@ import torch
 from .emulator.build import build
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_functional.py", "test_semantics.py", "test_synchronised_stages.py")
+TESTS = (
+    "test_functional.py", "test_semantics.py", "test_synchronised_stages.py", "test_on_chip.py"
+)  # fmt: skip
 # Many tiles take 10 s each: the dual norm has every stage in it. Fibers run in one order: that two
 # runs agree says nothing.
 SELECTED = "cpu and not two_runs and (not many_tiles or dual)"

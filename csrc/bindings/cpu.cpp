@@ -4,6 +4,9 @@
 #include <Python.h>
 
 #include "../cpu/batch_norm.h"
+#ifdef USE_CUDA
+#include "../cuda/batch_norm.h"
+#endif
 #include "ops.h"
 
 namespace fusedskip {
@@ -32,9 +35,23 @@ PyObject* cpu_instruction_set(PyObject*, PyObject*) {
   return PyUnicode_FromString(cpu::instruction_set());
 }
 
+#ifdef USE_CUDA
+PyObject* cuda_allow_on_chip(PyObject*, PyObject* allowed) {
+  const int truth = PyObject_IsTrue(allowed);
+  if (truth < 0) return nullptr;
+  return PyBool_FromLong(cuda::allow_on_chip(truth));
+}
+#endif
+
 PyMethodDef methods[] = {
     {"cpu_instruction_set", cpu_instruction_set, METH_NOARGS,
      "The instruction set that the CPU kernels chose: 'avx512', 'avx2' or 'baseline'."},
+#ifdef USE_CUDA
+    {"cuda_allow_on_chip", cuda_allow_on_chip, METH_O,
+     "Whether a training pass on a GPU may be one launch, which keeps on the chip what fits. "
+     "Returns "
+     "what held before."},
+#endif
     {nullptr, nullptr, 0, nullptr},
 };
 

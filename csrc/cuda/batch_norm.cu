@@ -1,19 +1,38 @@
 // An operation is two launches at most: a stage that reduces, if anything is to be reduced, and one
-// that finishes the sums channel by channel and goes through the elements again.
+// that finishes the sums channel by channel and goes through the elements again. Where one launch
+// can do both, and is allowed to, it does.
+
+#include <atomic>
 
 #include "batch_norm.h"
 #include "stages.h"
 
 namespace fusedskip::cuda {
+namespace {
+
+std::atomic<bool> on_chip_allowed = false;
+
+template <typename Args>
+std::optional<OnChip> on_chip(const Args& args) {
+  return on_chip_allowed ? plan_on_chip(args) : std::nullopt;
+}
+
+}  // namespace
+
+bool allow_on_chip(bool allowed) { return on_chip_allowed.exchange(allowed); }
 
 int64_t workspace_size(const BatchNormForward& args) {
+  if (!args.training) return 0;
   const int norms = norm_count(args);
-  return args.training ? stats_tiling(args.view, norms).workspace_size(norms) : 0;
+  const auto plan = on_chip(args);
+  return (plan ? plan->tiling : stats_tiling(args.view, norms)).workspace_size(norms);
 }
 
 int64_t workspace_size(const BatchNormBackward& args) {
+  if (!args.reduces()) return 0;
   const int norms = norm_count(args);
-  return args.reduces() ? stage_tiling(args.view, norms).workspace_size(norms) : 0;
+  const auto plan = on_chip(args);
+  return (plan ? plan->tiling : stage_tiling(args.view, norms)).workspace_size(norms);
 }
 
 int64_t workspace_size(const BatchNormStats& args) {
@@ -22,6 +41,7 @@ int64_t workspace_size(const BatchNormStats& args) {
 
 cudaError_t batch_norm(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
   if (args.training) {
+    if (const auto plan = on_chip(args)) return forward_on_chip(args, *plan, workspace, stream);
     const void* normalised_residual = args.residual_norm.present() ? args.residual : nullptr;
     const cudaError_t error =
         stats(args.view, args.dtype, args.x, normalised_residual, workspace, stream);
@@ -33,6 +53,7 @@ cudaError_t batch_norm(const BatchNormForward& args, void* workspace, cudaStream
 cudaError_t batch_norm_backward(const BatchNormBackward& args, void* workspace,
                                 cudaStream_t stream) {
   if (args.reduces()) {
+    if (const auto plan = on_chip(args)) return backward_on_chip(args, *plan, workspace, stream);
     const cudaError_t error = bwd_reduce(args, workspace, stream);
     if (error != cudaSuccess) return error;
   }

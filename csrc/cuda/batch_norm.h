@@ -1,5 +1,5 @@
 // The operations on whole tensors: what csrc/bindings calls. Checked arguments, allocated results.
-// Every call launches on `stream` alone, waits for nothing and keeps no state.
+// Every call launches on `stream` alone and waits for nothing.
 
 #pragma once
 
@@ -8,6 +8,11 @@
 #include "../args.h"
 
 namespace fusedskip::cuda {
+
+// Whether operations of two stages may be one launch where the device has room for that: not yet
+// the default, because no GPU has measured it. Not to be changed while a call is going on. Returns
+// what held before.
+bool allow_on_chip(bool);
 
 // The numbers, in statistics precision, that an operation needs for partial results; where it is 0,
 // workspace may be null.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "channels.cuh"
+#include "kept.cuh"
 
 namespace fusedskip::cuda {
 
@@ -42,18 +43,34 @@ struct GatedOctet {
   Octet<T> dout, x[kNorms];
   uint32_t bits;
 
+  template <Use kUse>
   __device__ void read(const BatchNormBackward& args, const Place& place, bool reads_x,
                        bool reads_residual) {
-    dout = load<kWidth>(static_cast<const T*>(args.dout), place);
+    dout = load<kWidth, kUse>(static_cast<const T*>(args.dout), place);
     x[0] = {};
-    if (kRecompute || reads_x) x[0] = load<kWidth>(static_cast<const T*>(args.x), place);
+    if (kRecompute || reads_x) x[0] = load<kWidth, kUse>(static_cast<const T*>(args.x), place);
     if constexpr (kNorms == 2) {
       x[1] = {};
-      if (reads_residual) x[1] = load<kWidth>(static_cast<const T*>(args.residual), place);
+      if (reads_residual) x[1] = load<kWidth, kUse>(static_cast<const T*>(args.residual), place);
     }
     bits = 0xff;
     if (!kRecompute && args.relu && place.elements > 0)
       bits = args.mask[mask_offset<kWidth>(place)];
+  }
+
+  template <typename Kept>
+  __device__ void put(Kept& kept, int round) const {
+    kept.put(round, 0, dout);
+#pragma unroll
+    for (int k = 0; k < kNorms; ++k) kept.put(round, 1 + k, x[k]);
+    kept.put_bits(round, bits);
+  }
+  template <typename Kept>
+  __device__ void get(const Kept& kept, int round) {
+    dout = kept.get(round, 0);
+#pragma unroll
+    for (int k = 0; k < kNorms; ++k) x[k] = kept.get(round, 1 + k);
+    bits = kept.get_bits(round);
   }
 
   template <int kSize>

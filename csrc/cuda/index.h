@@ -8,7 +8,8 @@
 // position is a row and a thread keeps its eight channels. Channels-first, a block keeps to one
 // channel, is one octet wide, and a position is an octet of one of the channel's planes. The
 // positions of a channel block are dealt to its programs, a block's depth at a time, in turn: all
-// programs work near one place in memory, and a backward walk begins where a forward walk ended.
+// programs work near one place in memory, and a walk backwards begins where one forwards ended. A
+// round is what a thread goes through between two steps: one octet.
 
 #pragma once
 
@@ -49,6 +50,25 @@ struct Place {
   int64_t result;   // the offset of its first element in out, which may be part of a wider tensor
 };
 
+// A distance, or a place: in elements of a tensor, bytes of its mask, elements of out, which may be
+// part of a wider tensor, and octets.
+struct Step {
+  int64_t element, byte, result, octet;
+
+  constexpr Step& operator+=(const Step& s) {
+    element += s.element, byte += s.byte, result += s.result, octet += s.octet;
+    return *this;
+  }
+  constexpr Step& operator-=(const Step& s) {
+    element -= s.element, byte -= s.byte, result -= s.result, octet -= s.octet;
+    return *this;
+  }
+  friend constexpr Step operator+(Step a, const Step& b) { return a += b; }
+  friend constexpr Step operator*(int64_t n, const Step& s) {
+    return {n * s.element, n * s.byte, n * s.result, n * s.octet};
+  }
+};
+
 // The channels of one thread.
 struct Channels {
   int64_t first;
@@ -64,34 +84,45 @@ struct Tiling {
   int64_t channel_blocks;
   int programs;  // for each channel block; in a reduction, the splits
 
-  // From one position of a thread to its next, and what an outer index is worth in elements of the
-  // tensor and in bytes of the mask.
-  int64_t step_outer, step_octets;
-  int64_t outer_elements, outer_bytes;
-  int64_t outer_results;  // in elements of out
+  // Rounds that all programs have, and the positions that are left for one more.
+  int whole_rounds;
+  int64_t rest;
 
-  // `resident` blocks channels-last, or a few less.
-  constexpr explicit Tiling(const View& v, int64_t resident = kBlocks)
+  // From a thread's octet to that of its next round; and if that is past the end of a row, to the
+  // next outer index. Worked out once: a product would hold two registers.
+  Step round, carry;
+
+  // So many blocks or a few less; one for each channel block, if these are more.
+  constexpr Tiling(const View& v, int64_t blocks)
       : view(v), channels_last(v.n_inner == 1), octets(v.mask_row_bytes()), column_bits(0) {
     if (channels_last)
       while ((1 << column_bits) < std::min<int64_t>(octets > 8 ? kMaxColumns : 4, octets))
         ++column_bits;
     columns = 1 << column_bits;
     channel_blocks = channels_last ? ceil_div(octets, columns) : v.n_channels;
-    // Channels come in any number and have partials of one number only: with several blocks for
-    // every place on the GPU, its last round is a small part of the whole.
-    const int64_t blocks = channels_last ? resident : 4 * kBlocks;
     const int64_t most = std::max<int64_t>(1, blocks / channel_blocks);
-    const int64_t tiles = ceil_div(v.n_outer * (channels_last ? 1 : octets), depth());
-    programs = int(ceil_div(tiles, ceil_div(tiles, most)));  // within one tile of each other
-    const int64_t step = int64_t{programs} * depth();
-    step_outer = channels_last ? step : step / octets;
-    step_octets = channels_last ? 0 : step % octets;
-    outer_elements = outer_results = v.n_channels * v.n_inner;
-    outer_bytes = (channels_last ? 1 : v.n_channels) * octets;
+    const int64_t positions = v.n_outer * (channels_last ? 1 : octets);
+    const int64_t tiles = ceil_div(positions, depth());
+    programs = int(ceil_div(tiles, ceil_div(tiles, most)));  // within one round of each other
+    const int64_t step = first_position(programs);
+    whole_rounds = int(positions / step);
+    rest = positions % step;
+    set_steps(v.n_channels * v.n_inner);
+  }
+
+  // Of out, where that is part of a wider tensor: the elements from one outer index to the next.
+  constexpr Tiling with_pitch(int64_t out_pitch) const {
+    Tiling tiling = *this;
+    tiling.set_steps(out_pitch);
+    return tiling;
   }
 
   constexpr int depth() const { return kThreads >> column_bits; }
+  constexpr int64_t first_position(int program) const { return int64_t{program} * depth(); }
+  // In the last one some threads may find nothing.
+  constexpr int rounds(int program) const {
+    return whole_rounds + (first_position(program) < rest);
+  }
   constexpr int column(int thread) const { return thread & (columns - 1); }
   constexpr int position(int thread) const { return thread >> column_bits; }
 
@@ -116,75 +147,94 @@ struct Tiling {
   constexpr int64_t workspace_size(int norms) const {
     return programs * (2 * norms * pitch() + channel_blocks);
   }
-};
 
-// The grid of stats takes the tensors of all norms side by side; the other stages, in one walk.
-constexpr Tiling stats_tiling(const View& view, int norms) { return Tiling(view, kBlocks / norms); }
-constexpr Tiling stage_tiling(const View& view, int norms) {
-  return Tiling(view, norms == 1 ? kBlocks : kDualBlocks);
-}
-
-// The octets of one thread, in turn. Backwards, the outermost dimension is mirrored: the second
-// stage of a pair begins with what the first has left in L2. Offsets are moved, not computed:
-// 64-bit products would be a third of the instructions of stats. kWidth elements at a time exist:
-// where that is an octet, nothing has to be counted.
-template <bool kChannelsLast, int kWidth>
-class Walk {
- public:
-  constexpr Walk(const Tiling& tiling, int64_t channel_block, int program, int thread,
-                 bool backwards)
-      : tiling_(tiling), sign_(backwards ? -1 : 1) {
-    const View& view = tiling.view;
-    const int64_t position = int64_t{program} * tiling.depth() + tiling.position(thread);
-    int64_t row = 0;  // of the octets at an outer index
-    if constexpr (kChannelsLast) {
-      octet_ = channel_block * tiling.columns + tiling.column(thread);
-      outer_ = octet_ < tiling.octets ? position : view.n_outer;
-    } else {
-      octet_ = position % tiling.octets;
-      outer_ = position / tiling.octets;
-      row = channel_block;
-    }
-    const int64_t outer = backwards ? view.n_outer - 1 - outer_ : outer_;
-    const int64_t inner = row * view.n_inner + octet_ * kOctet;
-    next_.element = outer * tiling.outer_elements + inner;
-    next_.result = outer * tiling.outer_results + inner;
-    next_.byte = outer * tiling.outer_bytes + row * tiling.octets + octet_;
-    next_.elements = elements();
+  // The start of an octet of row `row` at an outer index.
+  constexpr Step place(int64_t outer, int64_t row, int64_t octet) const {
+    const int64_t inner = row * view.n_inner + octet * kOctet;
+    return outer * outer_ + Step{inner, row * octets + octet, inner, octet};
   }
 
-  constexpr bool done() const { return outer_ >= tiling_.view.n_outer; }
+ private:
+  constexpr void set_steps(int64_t out_pitch) {
+    const int64_t step = first_position(programs);
+    outer_ = {view.n_channels * view.n_inner, view.n_rows() / view.n_outer * octets, out_pitch, 0};
+    round = channels_last ? place(step, 0, 0) : place(step / octets, 0, step % octets);
+    carry = place(1, 0, -octets);
+  }
 
-  // Past the end, places without elements.
+  Step outer_;  // what an outer index is worth
+};
+
+// Channels-first, blocks come in any number and have partials of one number only: with several for
+// every place on the GPU, its last round is a small part of the whole.
+constexpr int64_t launch_blocks(const View& view, int64_t resident) {
+  return view.n_inner == 1 ? resident : 4 * kBlocks;
+}
+
+// The grid of stats takes the tensors of all norms side by side; the other stages, in one walk.
+constexpr Tiling stats_tiling(const View& view, int norms) {
+  return Tiling(view, launch_blocks(view, kBlocks / norms));
+}
+constexpr Tiling stage_tiling(const View& view, int norms) {
+  return Tiling(view, launch_blocks(view, norms == 1 ? kBlocks : kDualBlocks));
+}
+
+// The octets of one thread, from its first or, backwards, from its last: the second stage of a pair
+// begins with what the first has left in L2, and finds what the same thread has kept on the chip.
+// Offsets are moved, not computed: 64-bit products would be a third of the instructions of stats.
+// kWidth elements at a time exist: where that is an octet, nothing has to be counted.
+template <bool kChannelsLast, int kWidth, bool kBackwards>
+class Walk {
+ public:
+  constexpr Walk(const Tiling& tiling, int64_t channel_block, int program, int thread)
+      : tiling_(tiling), rounds_(tiling.rounds(program)), round_(kBackwards ? rounds_ - 1 : 0) {
+    const int64_t position = round_ * tiling.first_position(tiling.programs) +
+                             tiling.first_position(program) + tiling.position(thread);
+    if constexpr (kChannelsLast) {
+      const int64_t octet = channel_block * tiling.columns + tiling.column(thread);
+      next_ = tiling.place(position, 0, octet);
+      end_ = octet < tiling.octets ? numel() : 0;
+    } else {
+      next_ = tiling.place(position / tiling.octets, channel_block, position % tiling.octets);
+      end_ = numel();
+    }
+  }
+
+  // The same for all threads of a block.
+  constexpr bool done() const { return kBackwards ? round_ < 0 : round_ >= rounds_; }
+  constexpr int round() const { return round_; }
+
+  // Where nothing is, and when it is done, places without elements.
   constexpr Place next() {
-    const Place place{next_.element, next_.byte, done() ? 0 : next_.elements, next_.result};
-    move(tiling_.step_outer, tiling_.step_octets);
-    if constexpr (!kChannelsLast) {
-      if (octet_ >= tiling_.octets) move(1, -tiling_.octets);
-      next_.elements = elements();
+    const bool exists = uint64_t(next_.element) < uint64_t(end_);  // nor below 0
+    const Place place{next_.element, next_.byte, exists ? elements() : 0, next_.result};
+    if constexpr (kBackwards) {
+      --round_;
+      next_ -= tiling_.round;
+      if (!kChannelsLast && next_.octet < 0) next_ -= tiling_.carry;
+    } else {
+      ++round_;
+      next_ += tiling_.round;
+      if (!kChannelsLast && next_.octet >= tiling_.octets) next_ += tiling_.carry;
     }
     return place;
   }
 
  private:
+  constexpr int64_t numel() const {
+    return tiling_.view.n_outer * tiling_.view.n_channels * tiling_.view.n_inner;
+  }
+
   constexpr int elements() const {
     if constexpr (kWidth == kOctet) return kOctet;
     const int64_t length = kChannelsLast ? tiling_.view.n_channels : tiling_.view.n_inner;
-    return int(std::min<int64_t>(kOctet, length - octet_ * kOctet));
-  }
-
-  constexpr void move(int64_t outer, int64_t octets) {
-    outer_ += outer;
-    octet_ += octets;
-    next_.element += sign_ * outer * tiling_.outer_elements + octets * kOctet;
-    next_.result += sign_ * outer * tiling_.outer_results + octets * kOctet;
-    next_.byte += sign_ * outer * tiling_.outer_bytes + octets;
+    return int(std::min<int64_t>(kOctet, length - next_.octet * kOctet));
   }
 
   const Tiling& tiling_;
-  int64_t sign_;
-  int64_t outer_, octet_;
-  Place next_;
+  int rounds_, round_;
+  Step next_;
+  int64_t end_;  // of the elements that there are for this thread
 };
 
 }  // namespace fusedskip::cuda

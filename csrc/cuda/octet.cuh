@@ -72,8 +72,13 @@ __device__ int64_t mask_offset(const Place& place) {
   return kWidth == kOctet ? int64_t(uint64_t(place.element) / kOctet) : place.byte;
 }
 
+// Whether the second stage of a pair comes back to what the first reads. What has been read for the
+// last time is to leave L2 first: then each octet makes room for what is written in its place, and
+// not what the second stage has yet to read, of which otherwise a third would still be there.
+enum class Use { kAgain, kLast };
+
 // What does not exist is 0.
-template <int kWidth, typename T>
+template <int kWidth, Use kUse = Use::kAgain, typename T>
 __device__ Octet<T> load(const T* p, const Place& place) {
   using A = Accesses<T, kWidth>;
   union {
@@ -83,7 +88,8 @@ __device__ Octet<T> load(const T* p, const Place& place) {
   const auto* from = reinterpret_cast<const typename A::Type*>(p + place.element);
 #pragma unroll
   for (int i = 0; i < A::kCount; ++i)
-    if (exists<kWidth>(place, i * A::kElements)) result.accesses[i] = from[i];
+    if (exists<kWidth>(place, i * A::kElements))
+      result.accesses[i] = kUse == Use::kLast ? __ldcs(from + i) : from[i];
   return result.octet;
 }
 

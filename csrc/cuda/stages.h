@@ -6,6 +6,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <optional>
+
 #include "index.h"
 
 namespace fusedskip::cuda {
@@ -23,5 +25,18 @@ cudaError_t moments(const BatchNormStats&, void* workspace, cudaStream_t);
 cudaError_t apply(const BatchNormForward&, void* workspace, cudaStream_t);
 cudaError_t bwd_reduce(const BatchNormBackward&, void* workspace, cudaStream_t);
 cudaError_t bwd_apply(const BatchNormBackward&, void* workspace, cudaStream_t);
+
+// Both stages in one launch, in which blocks keep `rounds` of what the second needs again.
+struct OnChip {
+  Tiling tiling;
+  int rounds;
+};
+
+// Nothing where the current device cannot hold all blocks at once.
+std::optional<OnChip> plan_on_chip(const BatchNormForward&);
+std::optional<OnChip> plan_on_chip(const BatchNormBackward&);
+cudaError_t forward_on_chip(const BatchNormForward&, const OnChip&, void* workspace, cudaStream_t);
+cudaError_t backward_on_chip(const BatchNormBackward&, const OnChip&, void* workspace,
+                             cudaStream_t);
 
 }  // namespace fusedskip::cuda

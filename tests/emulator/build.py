@@ -21,12 +21,14 @@ FLAGS = [
     *("-xc++", "-std=c++20", "-O1", "-fPIC", "-w", "-ffp-contract=off"),
     *("-include", "cuda_on_cpu.h"),
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    "-DUSE_CUDA",
 ]
 
 # A launch, and the assembly that only a GPU's compiler reads: a store, and hints about a pointer.
 LAUNCH = r"([\w:]+(?:<[^;{}]*>)?)\s*<<<(.+?), (\w+), 0, stream>>>\((.*?)\);"
 STORE = r'asm\("st\.global.*?"memory"\);'
 HINT = r'asm\("" : .*?\);'
+DYNAMIC_SHARED = r"extern __shared__ uint4 (\w+)\[\];"
 
 
 def cuda_headers():
@@ -41,6 +43,7 @@ def translated(source):
     """CUDA C++ as C++: what a header cannot define away."""
     source = re.sub(LAUNCH, r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
     source = re.sub(STORE, "*p = a;", source, flags=re.DOTALL)
+    source = re.sub(DYNAMIC_SHARED, r"uint4* \1 = emulator::dynamic_shared();", source)
     return re.sub(HINT, "", source)
 
 
@@ -53,6 +56,7 @@ def build(folder):
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(translated(path.read_text()))
         sources += [copy] if path.suffix in (".cu", ".cpp") else []
+    shutil.copy(HERE / "cooperative.cuh", folder / "cuda")  # over the one that needs a GPU
     for path in HERE.glob("*.cpp"):
         copy = folder / "emulator" / path.name
         copy.parent.mkdir(exist_ok=True)

@@ -6,6 +6,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -17,7 +18,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 256 << 10;
 
-enum class State { kReady, kAtWarp, kAtBlock, kDone };
+enum class State { kReady, kAtWarp, kAtBlock, kAtGrid, kDone };
 
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -30,7 +31,13 @@ struct Fiber {
   int exchanges;
 };
 
-std::vector<Fiber> fibers;
+struct Block {
+  uint3 index;
+  std::vector<Fiber> fibers;
+  std::vector<uint4> shared;
+};
+
+Block* block;
 Fiber* current;
 jmp_buf scheduler;
 ucontext_t origin;
@@ -48,7 +55,7 @@ void run() {
 }
 
 void resume(int thread) {
-  current = &fibers[thread];
+  current = &block->fibers[thread];
   threadIdx = {unsigned(thread), 0, 0};
   if (_setjmp(scheduler)) return;
   if (current->started) _longjmp(current->place, 1);
@@ -64,12 +71,16 @@ void wait(State state) {
 // Where all threads from begin to end are; a barrier that only some of them reach is an error.
 State common_state(int begin, int end) {
   for (int thread = begin + 1; thread < end; ++thread)
-    if (fibers[thread].state != fibers[begin].state) fail("threads part at a barrier");
-  return fibers[begin].state;
+    if (block->fibers[thread].state != block->fibers[begin].state)
+      fail("threads part at a barrier");
+  return block->fibers[begin].state;
 }
 
-void run_block(int threads) {
-  for (Fiber& fiber : fibers) {
+void start(Block& b, dim3 index, int threads, int shared_bytes) {
+  b.index = {index.x, index.y, index.z};
+  b.fibers.resize(threads);
+  b.shared.resize(shared_bytes / sizeof(uint4));
+  for (Fiber& fiber : b.fibers) {
     fiber.state = State::kReady;
     fiber.started = false;
     fiber.exchanges = 0;
@@ -78,31 +89,68 @@ void run_block(int threads) {
     fiber.context.uc_link = &origin;
     makecontext(&fiber.context, run, 0);
   }
+}
+
+// Up to a wait for the grid, or to the end.
+State run_on(Block& b) {
+  const int threads = int(b.fibers.size());
+  block = &b;
+  blockIdx = b.index;
   do {
     for (int warp = 0; warp < threads; warp += kWarp) do {
         for (int lane = 0; lane < kWarp; ++lane) resume(warp + lane);
       } while (common_state(warp, warp + kWarp) == State::kAtWarp);
   } while (common_state(0, threads) == State::kAtBlock);
+  return b.fibers[0].state;
+}
+
+template <typename Body>
+void for_each_block(dim3 grid, Body body) {
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) body(dim3(x, y, z));
 }
 
 }  // namespace
 
 void launch(dim3 grid, int threads, const std::function<void()>& kernel) {
+  static Block only;
   ++launches;
   body = &kernel;
-  fibers.resize(threads);
-  for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
-    for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
-      for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) run_block(threads);
+  for_each_block(grid, [&](dim3 index) {
+    start(only, index, threads, 0);
+    if (run_on(only) != State::kDone) fail("waits for blocks that may not have started");
+  });
+}
+
+// From wait to wait the blocks run the other way round: none is to rely on the one before it.
+void launch_together(dim3 grid, int threads, int shared_bytes,
+                     const std::function<void()>& kernel) {
+  ++launches;
+  body = &kernel;
+  std::vector<Block> blocks(grid.x * grid.y * grid.z);
+  size_t started = 0;
+  for_each_block(grid, [&](dim3 index) { start(blocks[started++], index, threads, shared_bytes); });
+  State state = State::kReady;
+  while (state != State::kDone) {
+    state = run_on(blocks.front());
+    for (size_t b = 1; b < blocks.size(); ++b)
+      if (run_on(blocks[b]) != state) fail("blocks part at a wait for the grid");
+    std::reverse(blocks.begin(), blocks.end());
+  }
 }
 
 void sync_threads() { wait(State::kAtBlock); }
+
+void sync_grid() { wait(State::kAtGrid); }
+
+uint4* dynamic_shared() { return block->shared.data(); }
 
 uint64_t exchange(uint64_t value, int mask) {
   const int thread = int(threadIdx.x), parity = current->exchanges++ % 2;
   current->given[parity] = value;
   wait(State::kAtWarp);
-  return fibers[thread ^ mask].given[parity];
+  return block->fibers[thread ^ mask].given[parity];
 }
 
 }  // namespace emulator

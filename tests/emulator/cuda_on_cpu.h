@@ -1,7 +1,8 @@
 // What the kernels of csrc/cuda use of CUDA C++, for a host compiler: included ahead of every file.
 //
-// A block's threads are fibers, which run one after the other from one barrier to the next; blocks
-// follow one another, from the first to the last.
+// A block's threads are fibers, which run one after the other from one barrier to the next. Blocks
+// follow one another, from the first to the last; launched together they take turns, from one wait
+// for the grid to the next.
 
 #pragma once
 
@@ -23,7 +24,7 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // there is one block at a time
+#define __shared__ static  // one block runs at a time
 #define __builtin_assume(...)
 
 inline uint3 blockIdx, threadIdx;
@@ -34,7 +35,11 @@ namespace emulator {
 inline int launches = 0;
 
 void launch(dim3 grid, int threads, const std::function<void()>& kernel);
+void launch_together(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
 void sync_threads();
+void sync_grid();
+// The block's own.
+uint4* dynamic_shared();
 // `value` of the lane whose number differs by `mask`.
 uint64_t exchange(uint64_t value, int mask);
 
@@ -53,6 +58,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::bits<T>(emulator::exchange(emulator::bits<uint64_t>(value), mask));
 }
 
+template <typename T>
+T __ldcs(const T* p) {
+  return *p;
+}
 inline float __uint_as_float(uint32_t u) { return emulator::bits<float>(u); }
 inline uint32_t __float_as_uint(float f) { return emulator::bits<uint32_t>(f); }
 inline double __hiloint2double(int high, int low) {

@@ -1,0 +1,75 @@
+// bwd_reduce and bwd_apply in one launch.
+
+#include "bwd_apply.cuh"
+#include "bwd_reduce.cuh"
+#include "on_chip.cuh"
+
+namespace fusedskip::cuda {
+namespace {
+
+template <typename T, Kind kKind>
+using Kept = KeptOnChip<T, 1 + kNorms<kKind>, /*kMask=*/kKind != Kind::kRecomputed>;
+
+template <typename T, bool kChannelsLast, int kWidth, Kind kKind, typename S = StatisticsOf<T>>
+__global__ void __launch_bounds__(kThreads,
+                                  kResidentBlocks<T, kChannelsLast, kWidth, kNorms<kKind>>)
+    batch_norm_bwd_on_chip_kernel(const __grid_constant__ Tiling tiling,
+                                  const __grid_constant__ BatchNormBackward args,
+                                  const __grid_constant__ Partials<S> partials, int rounds) {
+  const Kept<T, kKind> kept(rounds);
+  bwd_reduce_of_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, kept);
+  wait_for_programs(tiling);
+  bwd_apply_to_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, kept);
+}
+
+// Calls body(an Instance, the kind as a constant) where there is a kernel for them.
+template <typename Body>
+void with_kernel(const BatchNormBackward& args, Body body) {
+  const int width =
+      vector_width(args.view.row_length(), args.dtype,
+                   addresses(args.dout, args.x, args.residual, args.dx, args.dresidual));
+  const Kind kind = kind_of(args);
+  dispatch(args.dtype, args.view.n_inner == 1, width, [&](auto instance) {
+    if constexpr (kHasOnChip<decltype(instance)>) {
+      if (kind == Kind::kDual) {
+        body(instance, std::integral_constant<Kind, Kind::kDual>());
+      } else if (kind == Kind::kRecomputed) {
+        body(instance, std::integral_constant<Kind, Kind::kRecomputed>());
+      } else {
+        body(instance, std::integral_constant<Kind, Kind::kSaved>());
+      }
+    }
+    return cudaSuccess;
+  });
+}
+
+}  // namespace
+
+// Without elements to write there is nothing to keep.
+std::optional<OnChip> plan_on_chip(const BatchNormBackward& args) {
+  std::optional<OnChip> plan;
+  if (!args.dx && !args.dresidual) return plan;
+  with_kernel(args, [&](auto instance, auto kind) {
+    using I = decltype(instance);
+    using T = typename I::T;
+    plan = plan_on_chip<Kept<T, kind>,
+                        batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>,
+                        kResidentBlocks<T, I::kChannelsLast, I::kWidth, kNorms<kind>>>(args.view);
+  });
+  return plan;
+}
+
+cudaError_t backward_on_chip(const BatchNormBackward& args, const OnChip& plan, void* workspace,
+                             cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  with_kernel(args, [&](auto instance, auto kind) {
+    using I = decltype(instance);
+    using T = typename I::T;
+    error = launch_together<batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
+        plan.tiling, plan.rounds * Kept<T, kind>::kBytesARound, stream, plan.tiling, args,
+        Partials<StatisticsOf<T>>(workspace, plan.tiling, kNorms<kind>), plan.rounds);
+  });
+  return error;
+}
+
+}  // namespace fusedskip::cuda

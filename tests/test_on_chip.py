@@ -1,0 +1,94 @@
+"""A pass in training as one launch of the CUDA kernels, which keep on the chip what fits."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+import fusedskip
+from fusedskip import backends
+
+from .support import CAT, LAYOUTS, NORMS, assert_as_good_as_eager, make_problem, run
+
+if not hasattr(importlib.import_module("fusedskip._C"), "cuda_allow_on_chip"):
+    pytest.skip(
+        "needs a CUDA device; test_cuda_emulated.py runs this without", allow_module_level=True
+    )
+
+FUNCTIONS = (*NORMS, CAT)
+# Rows of whole accesses. Emulated, a part of them is kept: of (7, 64, 16, 24) channels-last two to
+# seven rounds, of (5, 3, 40, 80) channels-first two; and of (300, 72, 4, 4), in two blocks of
+# channels of which the second is nearly empty, a few of 25.
+SHAPES = ((7, 64, 16, 24), (5, 3, 40, 80), (300, 72, 4, 4), (2, 8, 1, 8))
+FILLING = ((32, 64, 56, 56), (32, 2048, 7, 7), (64, 256, 56, 56))  # a GPU
+
+
+@pytest.fixture(params=["cuda" if torch.cuda.is_available() else "cpu"])
+def device(request):
+    with fusedskip.use_backend(request.param), backends.on_chip():
+        yield request.param
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_forward_and_backward(device, function, dtype, layout):
+    for shape in SHAPES:
+        assert_as_good_as_eager(make_problem(function, shape, dtype, layout, device))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_it_does_not_take(device, function):
+    """Evaluation, gradients of parameters alone, narrow accesses and fp64: as ever."""
+    for shape, dtype, training in (
+        ((7, 64, 4, 8), torch.bfloat16, False),
+        ((7, 13, 4, 7), torch.bfloat16, True),
+        ((7, 64, 4, 8), torch.float64, True),
+    ):
+        for layout in LAYOUTS:
+            assert_as_good_as_eager(make_problem(function, shape, dtype, layout, device, training))
+    problem = make_problem(function, (7, 64, 4, 8), torch.bfloat16, "channels_last", device)
+    want = run(problem)
+    leaves = {name: leaf for name, leaf in problem.leaves().items() if "weight" in name}
+    out = getattr(fusedskip, function)(
+        **problem.tensors | leaves | problem.buffers(), training=True
+    )
+    gradients = torch.autograd.grad(out, leaves.values(), problem.dout)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        torch.testing.assert_close(gradient, want[f"d{name}"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_shapes_that_fill_a_gpu(device, function, layout):
+    """Two runs bit for bit; and, a GPU holding so many blocks, two launches bit for bit."""
+    for shape, dtype in itertools.product(FILLING, (torch.float32, torch.bfloat16)):
+        problem = make_problem(function, shape, dtype, layout, device)
+        first, second = run(problem), run(problem)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert_as_good_as_eager(problem)
+        cut_alike = layout == "channels_last" and not problem.is_dual
+        if cut_alike and torch.cuda.get_device_properties(0).multi_processor_count >= 128:
+            with backends.on_chip(False):
+                two_launches = run(problem)
+            assert all(torch.equal(first[name], two_launches[name]) for name in first)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_several_streams(device):
+    """Launches that need the whole GPU wait for each other, not within each other."""
+    problem = make_problem(
+        "batch_norm_add_relu", (32, 64, 56, 56), torch.bfloat16, "channels_last", device
+    )
+    want = run(problem)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    torch.cuda.synchronize()
+    for stream in 10 * streams:
+        with torch.cuda.stream(stream):
+            results.append(run(problem))
+    torch.cuda.synchronize()
+    for result in results:
+        assert all(torch.equal(result[name], want[name]) for name in want)
