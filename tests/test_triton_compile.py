@@ -267,9 +267,9 @@ def accesses(ptx):
         return len(re.findall(pattern, ptx))
 
     return {
-        "loads_128": count(r"ld\.global(\.\w+)*\.v4\.b32"),
-        "stores_128": count(r"st\.global(\.\w+)*\.v4\.b32"),
-        "accesses_16": count(r"(ld|st)\.global(\.\w+)*\.b16"),
+        "loads_128": count(r"ld\.global(\.[\w:]+)*\.v4\.b32"),
+        "stores_128": count(r"st\.global(\.[\w:]+)*\.v4\.b32"),
+        "accesses_16": count(r"(ld|st)\.global(\.[\w:]+)*\.b16"),
     }
 
 

@@ -17,6 +17,7 @@ from .launch import SIZES, Plan, View
 from .stats import merge_moments
 from .tile import (
     load_channels,
+    load_last,
     mask_offsets,
     normalise,
     pack_bits,
@@ -59,6 +60,8 @@ def batch_norm_apply_kernel(
             partials_ptr, mean_ptr, rstd_ptr, channels, n_splits, n_channels, n_inner, n_positions,
             ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
         )  # fmt: skip
+        # In bf16 channels-first 40 registers, else 70; of two norms 40, else 122.
+        mean, a = uniform(mean), uniform(a)
     if residual_mean_ptr is not None:
         residual_mean, residual_a, residual_bias = finish_statistics(
             residual_ptr, residual_weight_ptr, residual_bias_ptr,
@@ -67,12 +70,11 @@ def batch_norm_apply_kernel(
             channels, n_splits, n_channels, n_inner, n_positions,
             ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
         )  # fmt: skip
-        # In bf16 channels-first 40 registers, else 122.
-        mean, a = uniform(mean), uniform(a)
         residual_mean, residual_a = uniform(residual_mean), uniform(residual_a)
 
     # Where there is a mask, planes are padded to whole bytes of it. Tiles are taken from the last
-    # to the first: the end of what stats read is still in L2.
+    # to the first: the end of what stats read is still in L2. What is read for the last time leaves
+    # it first, to make room for out and not in place of what is yet to be read.
     pitch = n_inner if mask_ptr is None or CHANNELS_LAST else tl.cdiv(n_inner, 8) * 8
     n_tiles = tl.cdiv(tl.cast(n_outer, INDEX_DTYPE) * pitch, BLOCK_POSITIONS)
     for step in range(program, n_tiles, n_programs):
@@ -80,9 +82,9 @@ def batch_norm_apply_kernel(
         offsets, valid = tile_offsets(
             tile, channels, n_outer, n_channels, n_inner, pitch, BLOCK_POSITIONS, CHANNELS_LAST
         )
-        out = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
+        out = load_last(x_ptr + offsets, valid).to(ACC_DTYPE)
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
+            residual = load_last(residual_ptr + offsets, valid).to(ACC_DTYPE)
         if mean_ptr is not None:
             out = normalise(out, mean, a, bias)
         if RELU_FIRST:

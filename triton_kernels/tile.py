@@ -84,6 +84,12 @@ def relu_passes(value, dtype: tl.constexpr):
 
 
 @triton.jit
+def load_last(ptrs, valid):
+    """What is not read again; what is not valid is 0."""
+    return tl.load(ptrs, mask=valid, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def load_channels(ptr, channels, n_channels, absent: tl.constexpr, dtype: tl.constexpr):
     """A per-channel parameter, [len(channels)], or its neutral value where there is none."""
     if ptr is None:
