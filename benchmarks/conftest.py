@@ -95,6 +95,7 @@ def measure(benchmark, request):
         describe: Callable[..., dict],
         copy: Call = lambda: None,
         before: Call = lambda: None,
+        least_rounds: int = 5,
     ) -> None:
         rivals: dict[Call, list[float]] = {eager: [], copy: []}
 
@@ -115,7 +116,7 @@ def measure(benchmark, request):
         time_rivals()
         seconds(run)
         budget = float(request.config.getoption("benchmark_max_time"))
-        rounds = max(5, min(1000, int(budget / (time.perf_counter() - start))))
+        rounds = max(least_rounds, min(1000, int(budget / (time.perf_counter() - start))))
         benchmark.pedantic(run, setup=time_rivals, rounds=rounds)
         if benchmark.enabled:
             medians = (statistics.median(rivals[rival]) for rival in (eager, copy))

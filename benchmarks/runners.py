@@ -1,11 +1,12 @@
 """The runners: an operation as eager, Inductor, fusedskip and other libraries have it."""
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,10 +64,17 @@ UNAVAILABLE = {
 }
 UNAVAILABLE["flaggems"] = "it replaces torch's operators in the whole process, and so eager's"
 BACKENDS = tuple(name for name in backends.KERNELS if name not in UNAVAILABLE)
-RUNNERS = ("eager", "compile", *BACKENDS, *(name for name in LIBRARIES if name not in UNAVAILABLE))
+# The `cuda` backend with each pass in one launch.
+ON_CHIP = "cuda_on_chip"
+RUNNERS = (
+    "eager", "compile", *BACKENDS, *((ON_CHIP,) if "cuda" in BACKENDS else ()),
+    *(name for name in LIBRARIES if name not in UNAVAILABLE),
+)  # fmt: skip
 
 
 def has(runner: str, function: str) -> bool:
+    if runner == ON_CHIP:
+        return function not in ("add_relu", "relu_add")  # one launch at all times
     return runner not in LIBRARIES or function in LIBRARIES[runner].functions
 
 
@@ -178,9 +186,13 @@ def forward(runner: str, function: str) -> Callable[[Inputs], Tensor]:
     return functools.partial(run, function)
 
 
-def using(runner: str):
-    """A context in which calls run on `runner`."""
-    return fusedskip.use_backend(runner if runner in BACKENDS else "auto")
+@contextlib.contextmanager
+def using(runner: str) -> Iterator[None]:
+    """Calls run on `runner` within."""
+    name = "cuda" if runner == ON_CHIP else runner if runner in BACKENDS else "auto"
+    launches = backends.on_chip() if runner == ON_CHIP else contextlib.nullcontext()
+    with fusedskip.use_backend(name), launches:
+        yield
 
 
 def step(

@@ -84,8 +84,8 @@ def check_statistics(
     prefix: str = "",
 ) -> None:
     """Raise `ValueError` unless there are the statistics that the mode needs."""
-    names = f"{prefix}running_mean, {prefix}running_var"
     if (running_mean is None) != (running_var is None):
+        names = f"{prefix}running_mean, {prefix}running_var"
         raise ValueError(f"{names}: expected both or neither")
     if training:
         if eps <= 0:
@@ -94,6 +94,7 @@ def check_statistics(
         if eps < 0:
             raise ValueError(f"{prefix}eps: expected a number not below 0, got {eps}")
         if running_mean is None:
+            names = f"{prefix}running_mean, {prefix}running_var"
             raise ValueError(f"{names}: expected tensors when not training")
 
 

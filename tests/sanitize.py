@@ -1,10 +1,12 @@
 """Every kernel on a few shapes: `compute-sanitizer python -m tests.sanitize`."""
 
+import contextlib
 import itertools
 
 import torch
 
 import fusedskip
+from fusedskip import backends
 
 from .support import CAT, FUNCTIONS, LAYOUTS, make_problem, run
 
@@ -18,12 +20,17 @@ CASES = [
 
 def main():
     functions = (*FUNCTIONS, CAT)
-    for backend in {"cuda", "triton"} & set(fusedskip.available_backends()):
-        with fusedskip.use_backend(backend):
+    available = fusedskip.available_backends()
+    runs = [(backend, False) for backend in ("cuda", "triton") if backend in available]
+    runs += [("cuda", True)] if "cuda" in available else []
+    for backend, one_launch in runs:
+        launches = backends.on_chip() if one_launch else contextlib.nullcontext()
+        with fusedskip.use_backend(backend), launches:
             for (shape, dtype), function, layout in itertools.product(CASES, functions, LAYOUTS):
                 run(make_problem(function, shape, dtype, layout, "cuda"))
         torch.cuda.synchronize()
-        print(f"{backend}: {len(CASES) * len(functions) * len(LAYOUTS)} steps")
+        steps = len(CASES) * len(functions) * len(LAYOUTS)
+        print(f"{backend}{', one launch' if one_launch else ''}: {steps} steps")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,22 @@ if not torch.cuda.is_available():
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(params=map(parameter, ("cuda", "triton")))
+ON_CHIP = "cuda_on_chip"  # each pass in training in one launch
+
+
+@pytest.fixture(
+    params=[
+        *map(parameter, ("cuda", "triton")),
+        pytest.param(ON_CHIP, marks=parameter("cuda").marks),
+    ]
+)
 def backend(request):
-    with fusedskip.use_backend(request.param):
-        yield request.param
+    if request.param == ON_CHIP:
+        with fusedskip.use_backend("cuda"), backends.on_chip():
+            yield ON_CHIP
+    else:
+        with fusedskip.use_backend(request.param):
+            yield request.param
 
 
 @pytest.fixture
@@ -145,8 +157,10 @@ def test_at_most_two_launches_each_way(backend, device, function, layout):
     torch.autograd.grad(outs[0], leaves.values(), problem.dout)  # Triton compiles
     forward = launches(lambda: outs.append(call(problem, **leaves, **buffers)))
     backward = launches(lambda: torch.autograd.grad(outs[1], leaves.values(), problem.dout))
-    assert 1 <= len(forward) <= 2, forward
-    assert 1 <= len(backward) <= 2, backward
+    # Rows of 49 are not whole octets.
+    most = 1 if backend == ON_CHIP and layout == "channels_last" else 2
+    assert 1 <= len(forward) <= most, forward
+    assert 1 <= len(backward) <= most, backward
 
 
 @pytest.mark.parametrize("shape", [(32, 64, 56, 56), (32, 2048, 7, 7)], ids=str)

@@ -156,9 +156,8 @@ struct NormGradient {
 
   template <typename... N>
   Pack<S> operator()(Pack<S> g, Pack<S> centred, int64_t i, N... n) const {
-    const Pack<S> d = g * scale.at(i, n...);
-    if constexpr (kTraining) return fma(centred, k2.at(i, n...), d + k3.at(i, n...));
-    return d;
+    if constexpr (!kTraining) return g * scale.at(i, n...);
+    return fma(g, scale.at(i, n...), fma(centred, k2.at(i, n...), k3.at(i, n...)));
   }
 };
 

@@ -213,10 +213,10 @@ inline Pack<float> load(const BFloat16* p) {
   return r;
 }
 
+// Rounds to nearest even on the integer bits: adds 0x7fff, and 1 to what is odd. That could carry a
+// NaN into 0, so it is left as it is: arithmetic makes NaN quiet, and the bit for that stays.
 inline void store(BFloat16* p, Pack<float> a) {
 #if defined(FUSEDSKIP_AVX512)
-  // Round to nearest even on the integer bits: add 0x7fff, and 1 to what is odd. That could carry a
-  // NaN into 0, so it is left as it is: arithmetic makes NaN quiet, and the bit for that stays.
   const __m512i bits = _mm512_castps_si512(a.v[0]);
   const __mmask16 number = _mm512_cmp_ps_mask(a.v[0], a.v[0], _CMP_ORD_Q);
   const __mmask16 odd = _mm512_mask_test_epi32_mask(number, bits, _mm512_set1_epi32(0x10000));
@@ -227,9 +227,9 @@ inline void store(BFloat16* p, Pack<float> a) {
 #elif defined(FUSEDSKIP_AVX2)
   const __m256i bits = _mm256_castps_si256(a.v[0]);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const __m256 nan = _mm256_cmp_ps(a.v[0], a.v[0], _CMP_UNORD_Q);
-  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+  const __m256 number = _mm256_cmp_ps(a.v[0], a.v[0], _CMP_ORD_Q);
+  const __m256i up = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+  __m256i rounded = _mm256_add_epi32(bits, _mm256_and_si256(up, _mm256_castps_si256(number)));
   rounded = _mm256_srli_epi32(rounded, 16);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(rounded),
                                                  _mm256_extracti128_si256(rounded, 1)));
@@ -295,6 +295,17 @@ inline void order_streams() {
 
 // The first n < kLanes elements; the other lanes load as 0 and are not stored.
 
+// A loop over them would become a call of memcpy, which takes longer than all the rest of a tail.
+template <int kLanes, typename T>
+inline void copy_first(T* to, const T* from, int n) {
+  int i = 0;
+  for (int step = kLanes / 2; step > 0; step /= 2)
+    if (n & step) {
+      std::memcpy(to + i, from + i, step * sizeof(T));
+      i += step;
+    }
+}
+
 template <typename T>
 inline auto load(const T* p, int n) {
   using P = decltype(load(p));
@@ -306,7 +317,7 @@ inline auto load(const T* p, int n) {
   if constexpr (sizeof(T) == 2)
     _mm256_store_si256((__m256i*)lanes, _mm256_maskz_loadu_epi16(first, p));
 #else
-  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  copy_first<P::kLanes>(lanes, p, n);
 #endif
   return load(lanes);
 }
@@ -322,7 +333,7 @@ inline void store(T* p, Pack<S> a, int n) {
   if constexpr (sizeof(T) == 2)
     _mm256_mask_storeu_epi16(p, first, _mm256_load_si256((const __m256i*)lanes));
 #else
-  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+  copy_first<Pack<S>::kLanes>(p, lanes, n);
 #endif
 }
 

@@ -36,23 +36,28 @@ Room find_room(int device) {
     cudaDeviceGetAttribute(&value, which, device);
     return value;
   };
+  constexpr int kUnit = 256;  // in which shared memory is handed out, or a multiple of that
+  const int of_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+            of_block = of_sm / kBlocksAnSM / kUnit * kUnit -
+                       attribute(cudaDevAttrReservedSharedMemoryPerBlock),
+            most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  const auto succeeds = [](cudaError_t error) { return error == cudaSuccess; };
   cudaFuncAttributes kernel;
-  if (!attribute(cudaDevAttrCooperativeLaunch) ||
-      cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel)) != cudaSuccess)
+  int shared_bytes = 0, blocks_an_sm = 0;
+  const bool has_room =
+      attribute(cudaDevAttrCooperativeLaunch) &&
+      succeeds(cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel))) &&
+      (shared_bytes = std::min(of_block, most) - int(kernel.sharedSizeBytes)) > 0 &&
+      succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    shared_bytes)) &&
+      succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                    cudaSharedmemCarveoutMaxShared)) &&
+      succeeds(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_an_sm, kKernel, kThreads,
+                                                             shared_bytes));
+  if (!has_room) {
+    cudaGetLastError();  // or the next launch would report it
     return {};
-  const int of_block = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocksAnSM -
-                       attribute(cudaDevAttrReservedSharedMemoryPerBlock);
-  const int shared_bytes = std::min(of_block, attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) -
-                           int(kernel.sharedSizeBytes);
-  int blocks_an_sm = 0;
-  if (shared_bytes <= 0 ||
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) !=
-          cudaSuccess ||
-      cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                           cudaSharedmemCarveoutMaxShared) != cudaSuccess ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_an_sm, kKernel, kThreads,
-                                                    shared_bytes) != cudaSuccess)
-    return {};
+  }
   return {blocks_an_sm * attribute(cudaDevAttrMultiProcessorCount), shared_bytes};
 }
 
