@@ -47,7 +47,7 @@ def usual(function, shape, layout, dtype, passes, runner) -> bool:
         return False
     if runners.DEVICE == "cuda":  # for bf16 channels-last
         return (layout, dtype) == ("channels_last", DTYPE) or (function == MAIN and sampled)
-    return runner != "compile" or dtype == DTYPE
+    return runner != "compile" or dtype == DTYPE or function == MAIN
 
 
 def bench_op(benchmark, measure, request, function, shape, layout, dtype, passes, runner):

@@ -132,16 +132,17 @@ struct Tiling {
       pieces = ceil_div(v.n_inner, piece_length);
     }
     tiles = ceil_div(v.n_outer, outer) * pieces;
+    constexpr int64_t kL2 = 2 << 20;
+    const bool large = v.n_outer * v.n_channels * v.n_inner * bytes(dtype) > kL2;
     // Going through one channel of many small planes jumps from page to page, and hardware gives
     // up. But each page is walked from channel to channel: 512 bytes on is a few channels ahead.
     const bool small_planes = !per_lane && v.n_inner * bytes(dtype) < 2048;
-    prefetch = small_planes ? 512 / bytes(dtype) : 0;
+    prefetch = small_planes && large ? 512 / bytes(dtype) : 0;
     // A result larger than L2 will be gone from it before it is read. Written past the caches it
     // saves reading the lines that it overwrites: fp32 forward and backward at 32x256x56x56 take
     // 43 ms instead of 57. Runs must start on cache lines, as the allocations do.
-    constexpr int64_t kL2 = 2 << 20;
     const bool aligned = v.row_length() * bytes(dtype) % 64 == 0 || v.n_rows() == 1;
-    streams = aligned && v.n_outer * v.n_channels * v.n_inner * bytes(dtype) > kL2;
+    streams = aligned && large;
   }
 
   int64_t group_channels() const { return per_lane ? view.n_channels : 1; }

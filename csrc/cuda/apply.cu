@@ -18,19 +18,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
 }  // namespace
 
 cudaError_t apply(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
-  const int norms = norm_count(args);
-  const Tiling tiling = stage_tiling(args.view, norms).with_pitch(args.out_pitch);
-  const uintptr_t pitch = args.out_pitch * bytes(args.dtype);
-  const int width = vector_width(args.view.row_length(), args.dtype,
-                                 addresses(args.x, args.residual, args.out) | pitch);
-  return dispatch(args.dtype, tiling.channels_last, width, [&](auto instance) {
+  return dispatch(args, [&](auto instance, auto norms) {
     using I = decltype(instance);
     using T = typename I::T;
-    const auto kernel = norms == 2 ? batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, 2>
-                                   : batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, 1>;
+    const Tiling tiling = stage_tiling(args.view, norms).with_pitch(args.out_pitch);
+    const Partials<StatisticsOf<T>> partials(workspace, stats_tiling(args.view, norms), norms);
     const dim3 grid(tiling.channel_blocks, tiling.programs);
-    kernel<<<grid, kThreads, 0, stream>>>(
-        tiling, args, Partials<StatisticsOf<T>>(workspace, stats_tiling(args.view, norms), norms));
+    batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, norms>
+        <<<grid, kThreads, 0, stream>>>(tiling, args, partials);
     return cudaGetLastError();
   });
 }

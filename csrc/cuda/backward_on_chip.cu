@@ -22,54 +22,37 @@ __global__ void __launch_bounds__(kThreads,
   bwd_apply_to_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, kept);
 }
 
-// Calls body(an Instance, the kind as a constant) where there is a kernel for them.
-template <typename Body>
-void with_kernel(const BatchNormBackward& args, Body body) {
-  const int width =
-      vector_width(args.view.row_length(), args.dtype,
-                   addresses(args.dout, args.x, args.residual, args.dx, args.dresidual));
-  const Kind kind = kind_of(args);
-  dispatch(args.dtype, args.view.n_inner == 1, width, [&](auto instance) {
-    if constexpr (kHasOnChip<decltype(instance)>) {
-      if (kind == Kind::kDual) {
-        body(instance, std::integral_constant<Kind, Kind::kDual>());
-      } else if (kind == Kind::kRecomputed) {
-        body(instance, std::integral_constant<Kind, Kind::kRecomputed>());
-      } else {
-        body(instance, std::integral_constant<Kind, Kind::kSaved>());
-      }
-    }
-    return cudaSuccess;
-  });
-}
-
 }  // namespace
 
 // Without elements to write there is nothing to keep.
 std::optional<OnChip> plan_on_chip(const BatchNormBackward& args) {
   std::optional<OnChip> plan;
   if (!args.dx && !args.dresidual) return plan;
-  with_kernel(args, [&](auto instance, auto kind) {
+  dispatch(args, [&](auto instance, auto kind) {
     using I = decltype(instance);
     using T = typename I::T;
-    plan = plan_on_chip<Kept<T, kind>,
-                        batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>,
-                        kResidentBlocks<T, I::kChannelsLast, I::kWidth, kNorms<kind>>>(args.view);
+    if constexpr (kHasOnChip<I>)
+      plan = plan_on_chip<Kept<T, kind>,
+                          batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>,
+                          kResidentBlocks<T, I::kChannelsLast, I::kWidth, kNorms<kind>>>(args.view);
+    return cudaSuccess;
   });
   return plan;
 }
 
 cudaError_t backward_on_chip(const BatchNormBackward& args, const OnChip& plan, void* workspace,
                              cudaStream_t stream) {
-  cudaError_t error = cudaSuccess;
-  with_kernel(args, [&](auto instance, auto kind) {
+  return dispatch(args, [&](auto instance, auto kind) {
     using I = decltype(instance);
     using T = typename I::T;
-    error = launch_together<batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
-        plan.tiling, plan.rounds * Kept<T, kind>::kBytesARound, stream, plan.tiling, args,
-        Partials<StatisticsOf<T>>(workspace, plan.tiling, kNorms<kind>), plan.rounds);
+    if constexpr (kHasOnChip<I>) {
+      const Partials<StatisticsOf<T>> partials(workspace, plan.tiling, kNorms<kind>);
+      return launch_together<batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
+          plan.tiling, plan.rounds * Kept<T, kind>::kBytesARound, stream, plan.tiling, args,
+          partials, plan.rounds);
+    }
+    return cudaErrorInvalidValue;
   });
-  return error;
 }
 
 }  // namespace fusedskip::cuda

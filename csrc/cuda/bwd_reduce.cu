@@ -1,7 +1,6 @@
 // The first launch of backward.
 
 #include "bwd_reduce.cuh"
-#include "dispatch.cuh"
 #include "stages.h"
 
 namespace fusedskip::cuda {
@@ -19,23 +18,14 @@ __global__ void __launch_bounds__(kThreads,
 }  // namespace
 
 cudaError_t bwd_reduce(const BatchNormBackward& args, void* workspace, cudaStream_t stream) {
-  const int norms = norm_count(args);
-  const Tiling tiling = stage_tiling(args.view, norms);
-  const int width =
-      vector_width(args.view.row_length(), args.dtype, addresses(args.dout, args.x, args.residual));
-  return dispatch(args.dtype, tiling.channels_last, width, [&](auto instance) {
+  return dispatch(args, [&](auto instance, auto kind) {
     using I = decltype(instance);
     using T = typename I::T;
-    const Kind kind = kind_of(args);
-    const auto kernel =
-        kind == Kind::kDual
-            ? batch_norm_bwd_reduce_kernel<T, I::kChannelsLast, I::kWidth, Kind::kDual>
-        : kind == Kind::kRecomputed
-            ? batch_norm_bwd_reduce_kernel<T, I::kChannelsLast, I::kWidth, Kind::kRecomputed>
-            : batch_norm_bwd_reduce_kernel<T, I::kChannelsLast, I::kWidth, Kind::kSaved>;
+    const Tiling tiling = stage_tiling(args.view, kNorms<kind>);
+    const Partials<StatisticsOf<T>> partials(workspace, tiling, kNorms<kind>);
     const dim3 grid(tiling.channel_blocks, tiling.programs);
-    kernel<<<grid, kThreads, 0, stream>>>(tiling, args,
-                                          Partials<StatisticsOf<T>>(workspace, tiling, norms));
+    batch_norm_bwd_reduce_kernel<T, I::kChannelsLast, I::kWidth, kind>
+        <<<grid, kThreads, 0, stream>>>(tiling, args, partials);
     return cudaGetLastError();
   });
 }

@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "index.h"
 
 namespace fusedskip::cuda {
@@ -47,6 +49,19 @@ cudaError_t dispatch(Dtype dtype, bool channels_last, int width, Launch launch) 
 template <typename... Pointers>
 uintptr_t addresses(Pointers... pointers) {
   return (reinterpret_cast<uintptr_t>(pointers) | ...);
+}
+
+// Calls launch(Instance(), the number of norms as a constant).
+template <typename Launch>
+cudaError_t dispatch(const BatchNormForward& args, Launch launch) {
+  const View& view = args.view;
+  const uintptr_t pitch = args.out_pitch * bytes(args.dtype);
+  const int width = vector_width(view.row_length(), args.dtype,
+                                 addresses(args.x, args.residual, args.out) | pitch);
+  return dispatch(args.dtype, view.n_inner == 1, width, [&](auto instance) {
+    return args.residual_norm.present() ? launch(instance, std::integral_constant<int, 2>())
+                                        : launch(instance, std::integral_constant<int, 1>());
+  });
 }
 
 }  // namespace fusedskip::cuda

@@ -24,50 +24,36 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
   apply_to_program<kChannelsLast, kWidth, kNorms, T>(tiling, args, partials, kept);
 }
 
-// Calls body(an Instance, the number of norms as a constant) where there is a kernel for them.
-template <typename Body>
-void with_kernel(const BatchNormForward& args, Body body) {
-  const uintptr_t pitch = args.out_pitch * bytes(args.dtype);
-  const int width = vector_width(args.view.row_length(), args.dtype,
-                                 addresses(args.x, args.residual, args.out) | pitch);
-  dispatch(args.dtype, args.view.n_inner == 1, width, [&](auto instance) {
-    if constexpr (kHasOnChip<decltype(instance)>) {
-      if (norm_count(args) == 2) {
-        body(instance, std::integral_constant<int, 2>());
-      } else {
-        body(instance, std::integral_constant<int, 1>());
-      }
-    }
-    return cudaSuccess;
-  });
-}
-
 }  // namespace
 
 std::optional<OnChip> plan_on_chip(const BatchNormForward& args) {
   std::optional<OnChip> plan;
-  with_kernel(args, [&](auto instance, auto norms) {
+  dispatch(args, [&](auto instance, auto norms) {
     using I = decltype(instance);
     using T = typename I::T;
-    plan = plan_on_chip<Kept<T, norms>,
-                        batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>,
-                        kResidentBlocks<T, I::kChannelsLast, I::kWidth, norms>>(args.view);
+    if constexpr (kHasOnChip<I>)
+      plan = plan_on_chip<Kept<T, norms>,
+                          batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>,
+                          kResidentBlocks<T, I::kChannelsLast, I::kWidth, norms>>(args.view);
+    return cudaSuccess;
   });
   return plan;
 }
 
 cudaError_t forward_on_chip(const BatchNormForward& args, const OnChip& plan, void* workspace,
                             cudaStream_t stream) {
-  const Tiling tiling = plan.tiling.with_pitch(args.out_pitch);
-  cudaError_t error = cudaSuccess;
-  with_kernel(args, [&](auto instance, auto norms) {
+  return dispatch(args, [&](auto instance, auto norms) {
     using I = decltype(instance);
     using T = typename I::T;
-    error = launch_together<batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
-        tiling, plan.rounds * Kept<T, norms>::kBytesARound, stream, tiling, args,
-        Partials<StatisticsOf<T>>(workspace, tiling, norms), plan.rounds);
+    if constexpr (kHasOnChip<I>) {
+      const Tiling tiling = plan.tiling.with_pitch(args.out_pitch);
+      const Partials<StatisticsOf<T>> partials(workspace, tiling, norms);
+      return launch_together<batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
+          tiling, plan.rounds * Kept<T, norms>::kBytesARound, stream, tiling, args, partials,
+          plan.rounds);
+    }
+    return cudaErrorInvalidValue;
   });
-  return error;
 }
 
 }  // namespace fusedskip::cuda

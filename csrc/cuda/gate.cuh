@@ -4,6 +4,7 @@
 #pragma once
 
 #include "channels.cuh"
+#include "dispatch.cuh"
 #include "kept.cuh"
 
 namespace fusedskip::cuda {
@@ -18,6 +19,25 @@ inline constexpr int kNorms = kKind == Kind::kDual ? 2 : 1;
 inline Kind kind_of(const BatchNormBackward& args) {
   if (args.residual_norm.present()) return Kind::kDual;
   return args.relu && !args.mask ? Kind::kRecomputed : Kind::kSaved;
+}
+
+// Calls launch(Instance(), the kind as a constant).
+template <typename Launch>
+cudaError_t dispatch(const BatchNormBackward& args, Launch launch) {
+  const View& view = args.view;
+  const int width =
+      vector_width(view.row_length(), args.dtype,
+                   addresses(args.dout, args.x, args.residual, args.dx, args.dresidual));
+  return dispatch(args.dtype, view.n_inner == 1, width, [&](auto instance) {
+    switch (kind_of(args)) {
+      case Kind::kDual:
+        return launch(instance, std::integral_constant<Kind, Kind::kDual>());
+      case Kind::kRecomputed:
+        return launch(instance, std::integral_constant<Kind, Kind::kRecomputed>());
+      default:
+        return launch(instance, std::integral_constant<Kind, Kind::kSaved>());
+    }
+  });
 }
 
 // Bitwise forward's map, from the mean and rstd that it returned. Returns rstd.
