@@ -56,7 +56,6 @@ def build(folder):
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(translated(path.read_text()))
         sources += [copy] if path.suffix in (".cu", ".cpp") else []
-    shutil.copy(HERE / "cooperative.cuh", folder / "cuda")  # over the one that needs a GPU
     for path in HERE.glob("*.cpp"):
         copy = folder / "emulator" / path.name
         copy.parent.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -104,6 +105,18 @@ State run_on(Block& b) {
   return b.fibers[0].state;
 }
 
+// A GPU that holds few blocks at once, and keeps little of them: 20 KB for each of three an SM.
+constexpr int kMultiprocessors = 4;
+constexpr int kSharedOfSM = 66 << 10, kSharedOfBlock = 48 << 10, kReserved = 1 << 10;
+constexpr int kDeclared = 1000;  // shared memory of a kernel's own; how much it is, is not known
+
+std::map<const void*, int> granted;  // dynamic shared memory, by kernel
+
+int blocks_an_sm(int dynamic_bytes) {
+  const int unit = 128, bytes = kReserved + kDeclared + dynamic_bytes;
+  return kSharedOfSM / ((bytes + unit - 1) / unit * unit);
+}
+
 template <typename Body>
 void for_each_block(dim3 grid, Body body) {
   for (unsigned z = 0; z < grid.z; ++z)
@@ -111,14 +124,12 @@ void for_each_block(dim3 grid, Body body) {
       for (unsigned x = 0; x < grid.x; ++x) body(dim3(x, y, z));
 }
 
-}  // namespace
-
-void launch(dim3 grid, int threads, const std::function<void()>& kernel) {
+void launch_in_turn(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
   static Block only;
   ++launches;
   body = &kernel;
   for_each_block(grid, [&](dim3 index) {
-    start(only, index, threads, 0);
+    start(only, index, threads, shared_bytes);
     if (run_on(only) != State::kDone) fail("waits for blocks that may not have started");
   });
 }
@@ -140,6 +151,27 @@ void launch_together(dim3 grid, int threads, int shared_bytes,
   }
 }
 
+}  // namespace
+
+void launch(dim3 grid, int threads, const std::function<void()>& kernel) {
+  launch_in_turn(grid, threads, 0, kernel);
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
+                   const std::function<void()>& call) {
+  const int threads = int(config.blockDim.x), shared_bytes = int(config.dynamicSmemBytes);
+  if (shared_bytes > granted[kernel]) return cudaErrorInvalidValue;
+  if (!config.attrs[0].val.cooperative) {
+    launch_in_turn(config.gridDim, threads, shared_bytes, call);
+    return cudaSuccess;
+  }
+  const dim3& grid = config.gridDim;
+  if (int(grid.x * grid.y * grid.z) > kMultiprocessors * blocks_an_sm(shared_bytes))
+    return cudaErrorCooperativeLaunchTooLarge;
+  launch_together(grid, threads, shared_bytes, call);
+  return cudaSuccess;
+}
+
 void sync_threads() { wait(State::kAtBlock); }
 
 void sync_grid() { wait(State::kAtGrid); }
@@ -155,4 +187,50 @@ uint64_t exchange(uint64_t value, int mask) {
 
 }  // namespace emulator
 
-extern "C" cudaError_t cudaGetLastError() { return cudaSuccess; }
+extern "C" {
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  using namespace emulator;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      return *value = kMultiprocessors, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      return *value = kSharedOfSM, cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      return *value = kSharedOfBlock, cudaSuccess;
+    case cudaDevAttrReservedSharedMemoryPerBlock:
+      return *value = kReserved, cudaSuccess;
+    case cudaDevAttrCooperativeLaunch:
+      return *value = 1, cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->sharedSizeBytes = emulator::kDeclared;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value + emulator::kDeclared > emulator::kSharedOfBlock) return cudaErrorInvalidValue;
+    emulator::granted[kernel] = value;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
+                                                          size_t shared_bytes) {
+  *blocks = emulator::blocks_an_sm(int(shared_bytes));
+  return cudaSuccess;
+}
+
+}  // extern "C"

@@ -24,7 +24,7 @@
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time
+#define __shared__ static  // one block runs at a time; nothing outlasts a wait for the grid
 #define __builtin_assume(...)
 
 inline uint3 blockIdx, threadIdx;
@@ -35,7 +35,10 @@ namespace emulator {
 inline int launches = 0;
 
 void launch(dim3 grid, int threads, const std::function<void()>& kernel);
-void launch_together(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel);
+// An error where the GPU could not do as it is asked, or has not been told of so much shared
+// memory.
+cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel,
+                   const std::function<void()>& call);
 void sync_threads();
 void sync_grid();
 // The block's own.
