@@ -9,7 +9,7 @@ import torch
 import fusedskip
 from fusedskip import backends
 
-from .support import CAT, LAYOUTS, NORMS, assert_as_good_as_eager, make_problem, run
+from .support import CAT, LAYOUTS, NORMS, assert_as_good_as_eager, call, make_problem, run
 
 if not hasattr(importlib.import_module("fusedskip._C"), "cuda_allow_on_chip"):
     pytest.skip(
@@ -57,6 +57,23 @@ def test_what_it_does_not_take(device, function):
     gradients = torch.autograd.grad(out, leaves.values(), problem.dout)
     for name, gradient in zip(leaves, gradients, strict=True):
         torch.testing.assert_close(gradient, want[f"d{name}"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py counts the launches on a GPU")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", NORMS)
+def test_one_launch_each_way(device, function, layout):
+    def launches():
+        return int(importlib.import_module("fusedskip._C").cpu_instruction_set().split(": ")[1])
+
+    problem = make_problem(function, (7, 64, 4, 8), torch.bfloat16, layout, device)
+    leaves = problem.leaves()
+    for allowed, count in ((True, 1), (False, 2)):
+        with backends.on_chip(allowed):
+            out = call(problem, **leaves, **problem.buffers())
+            assert launches() == count
+            torch.autograd.grad(out, leaves.values(), problem.dout)
+            assert launches() == count
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
