@@ -338,7 +338,11 @@ def _batch_norm(
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # a generator for any() would take as long as the rest
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _choose(x: Tensor, needs_grad: bool, training: bool = False) -> str:
