@@ -1,9 +1,10 @@
 """What the benchmarks share: the environment, interleaved rounds, and the summary at the end."""
 
+import contextlib
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -51,12 +52,18 @@ def pytest_benchmark_update_json(config, output_json):
 
 @pytest.fixture(scope="session", autouse=True)
 def environment() -> None:
-    """On a CPU, one thread a core and a glibc that keeps freed memory."""
+    """On a CPU, one thread a core, which it keeps, and a glibc that keeps freed memory."""
     if DEVICE == "cuda":
         return
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ or "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         pytest.fail("page faults would drown the kernels: set MALLOC_* as `make bench` does")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    cores = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(len(cores))
+    others = set(os.listdir("/proc/self/task"))
+    torch.zeros(len(cores), 1 << 16).add_(1)  # starts the threads
+    workers = sorted(set(os.listdir("/proc/self/task")) - others, key=int)
+    for thread, core in zip(workers, cores[1:], strict=True):
+        os.sched_setaffinity(int(thread), {core})
 
 
 class Instant:
@@ -69,6 +76,23 @@ class Instant:
     def __sub__(self, earlier: "Instant") -> float:
         self.event.synchronize()
         return earlier.event.elapsed_time(self.event) / 1e3
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """Keep the calling thread to the first core, where the others have theirs.
+
+    Only while it measures: what it starts, Inductor's compilers among them, would share that core.
+    """
+    if DEVICE == "cuda":
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 CLOCK = {"cpu": time.perf_counter, "cuda": Instant}[DEVICE]
@@ -110,14 +134,15 @@ def measure(benchmark, request):
                 rivals[rival].append(seconds(rival))
             before()
 
-        seconds(run)  # compiles, and starts the threads
+        seconds(run)  # compiles
         time_rivals()
-        start = time.perf_counter()
-        time_rivals()
-        seconds(run)
-        budget = float(request.config.getoption("benchmark_max_time"))
-        rounds = max(least_rounds, min(1000, int(budget / (time.perf_counter() - start))))
-        benchmark.pedantic(run, setup=time_rivals, rounds=rounds)
+        with pinned():
+            start = time.perf_counter()
+            time_rivals()
+            seconds(run)
+            budget = float(request.config.getoption("benchmark_max_time"))
+            rounds = max(least_rounds, min(1000, int(budget / (time.perf_counter() - start))))
+            benchmark.pedantic(run, setup=time_rivals, rounds=rounds)
         if benchmark.enabled:
             medians = (statistics.median(rivals[rival]) for rival in (eager, copy))
             benchmark.extra_info |= describe(benchmark.stats.stats.median, *medians)
