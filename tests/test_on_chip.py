@@ -59,13 +59,15 @@ def test_what_it_does_not_take(device, function):
         torch.testing.assert_close(gradient, want[f"d{name}"])
 
 
+def launches():
+    """Of the last operation, emulated."""
+    return int(importlib.import_module("fusedskip._C").cpu_instruction_set().split(": ")[1])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py counts the launches on a GPU")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", NORMS)
 def test_one_launch_each_way(device, function, layout):
-    def launches():
-        return int(importlib.import_module("fusedskip._C").cpu_instruction_set().split(": ")[1])
-
     problem = make_problem(function, (7, 64, 4, 8), torch.bfloat16, layout, device)
     leaves = problem.leaves()
     for allowed, count in ((True, 1), (False, 2)):
@@ -74,6 +76,17 @@ def test_one_launch_each_way(device, function, layout):
             assert launches() == count
             torch.autograd.grad(out, leaves.values(), problem.dout)
             assert launches() == count
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot be told to refuse")
+@pytest.mark.parametrize("function", NORMS)
+def test_refused_by_the_driver(device, function, monkeypatch):
+    """Two launches stand in, where blocks would have had to wait for each other."""
+    problem = make_problem(function, (7, 64, 16, 24), torch.bfloat16, "channels_last", device)
+    monkeypatch.setenv("EMULATED_GPU_IS_SHARED", "1")
+    assert_as_good_as_eager(problem)
+    run(problem)
+    assert launches() == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

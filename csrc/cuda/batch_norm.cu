@@ -17,22 +17,34 @@ std::optional<OnChip> on_chip(const Args& args) {
   return on_chip_allowed ? plan_on_chip(args) : std::nullopt;
 }
 
+// Of one launch, and of the two that may have to stand in for it.
+template <typename Args>
+int64_t workspace_size(const Args& args, const Tiling& two_launches) {
+  const auto plan = on_chip(args);
+  const int norms = norm_count(args);
+  return std::max(two_launches.workspace_size(norms),
+                  plan ? plan->tiling.workspace_size(norms) : 0);
+}
+
+// Whether the driver did not have the room after all, as where processes share a GPU.
+bool refused(cudaError_t error) {
+  if (error != cudaErrorCooperativeLaunchTooLarge) return false;
+  cudaGetLastError();  // or the next launch would report it
+  return true;
+}
+
 }  // namespace
 
 bool allow_on_chip(bool allowed) { return on_chip_allowed.exchange(allowed); }
 
 int64_t workspace_size(const BatchNormForward& args) {
   if (!args.training) return 0;
-  const int norms = norm_count(args);
-  const auto plan = on_chip(args);
-  return (plan ? plan->tiling : stats_tiling(args.view, norms)).workspace_size(norms);
+  return workspace_size(args, stats_tiling(args.view, norm_count(args)));
 }
 
 int64_t workspace_size(const BatchNormBackward& args) {
   if (!args.reduces()) return 0;
-  const int norms = norm_count(args);
-  const auto plan = on_chip(args);
-  return (plan ? plan->tiling : stage_tiling(args.view, norms)).workspace_size(norms);
+  return workspace_size(args, stage_tiling(args.view, norm_count(args)));
 }
 
 int64_t workspace_size(const BatchNormStats& args) {
@@ -41,7 +53,10 @@ int64_t workspace_size(const BatchNormStats& args) {
 
 cudaError_t batch_norm(const BatchNormForward& args, void* workspace, cudaStream_t stream) {
   if (args.training) {
-    if (const auto plan = on_chip(args)) return forward_on_chip(args, *plan, workspace, stream);
+    if (const auto plan = on_chip(args)) {
+      const cudaError_t error = forward_on_chip(args, *plan, workspace, stream);
+      if (!refused(error)) return error;
+    }
     const void* normalised_residual = args.residual_norm.present() ? args.residual : nullptr;
     const cudaError_t error =
         stats(args.view, args.dtype, args.x, normalised_residual, workspace, stream);
@@ -53,7 +68,10 @@ cudaError_t batch_norm(const BatchNormForward& args, void* workspace, cudaStream
 cudaError_t batch_norm_backward(const BatchNormBackward& args, void* workspace,
                                 cudaStream_t stream) {
   if (args.reduces()) {
-    if (const auto plan = on_chip(args)) return backward_on_chip(args, *plan, workspace, stream);
+    if (const auto plan = on_chip(args)) {
+      const cudaError_t error = backward_on_chip(args, *plan, workspace, stream);
+      if (!refused(error)) return error;
+    }
     const cudaError_t error = bwd_reduce(args, workspace, stream);
     if (error != cudaSuccess) return error;
   }

@@ -166,6 +166,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     return cudaSuccess;
   }
   const dim3& grid = config.gridDim;
+  // As if another process had a part of the GPU: tests set it.
+  if (std::getenv("EMULATED_GPU_IS_SHARED")) return cudaErrorCooperativeLaunchTooLarge;
   if (int(grid.x * grid.y * grid.z) > kMultiprocessors * blocks_an_sm(shared_bytes))
     return cudaErrorCooperativeLaunchTooLarge;
   launch_together(grid, threads, shared_bytes, call);
