@@ -189,3 +189,13 @@ def test_same_layout_out_as_in(backend, device):
                 fusedskip.batch_norm_add_relu(x, residual, None, None, training=True),
             ):
                 assert out.stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_nan_of_any_payload_stays_nan(backend, device, dtype):
+    """Rounding must not carry the bits of a NaN into a number: nor of one that is all ones."""
+    for bits in (0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001):
+        bias = torch.full((40,), bits, dtype=torch.int32).view(torch.float32).to(device)
+        statistics = torch.zeros(40, device=device), torch.ones(40, device=device)
+        x = torch.ones(2, 40, 3, 3, dtype=dtype, device=device)
+        assert fusedskip.batch_norm_relu(x, *statistics, bias=bias).isnan().all(), hex(bits)

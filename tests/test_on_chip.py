@@ -40,7 +40,7 @@ def test_forward_and_backward(device, function, dtype, layout):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_what_it_does_not_take(device, function):
-    """Evaluation, gradients of parameters alone, narrow accesses and fp64: as ever."""
+    """Forward in evaluation, gradients of parameters alone, narrow accesses and fp64: as ever."""
     for shape, dtype, training in (
         ((7, 64, 4, 8), torch.bfloat16, False),
         ((7, 13, 4, 7), torch.bfloat16, True),

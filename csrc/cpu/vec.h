@@ -295,8 +295,6 @@ inline void order_streams() {
 #endif
 }
 
-// The first n < kLanes elements; the other lanes load as 0 and are not stored.
-
 // A loop over them would become a call of memcpy, which takes longer than all the rest of a tail.
 template <int kLanes, typename T>
 inline void copy_first(T* to, const T* from, int n) {
@@ -307,6 +305,8 @@ inline void copy_first(T* to, const T* from, int n) {
       i += step;
     }
 }
+
+// The first n < kLanes elements; the other lanes load as 0 and are not stored.
 
 template <typename T>
 inline auto load(const T* p, int n) {
