@@ -19,6 +19,8 @@ from setuptools import setup
 
 # One binary serves every torch from 2.11 on.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
+# torch 2.11 would compile as C++17, which has neither designated initializers nor concepts.
+STANDARD = "-std=c++20"
 # Contraction would let every instruction set round differently: a kernel that wants an fma says so.
 # errno and floating-point traps would keep loops from being vectorised, and nobody reads either.
 # -g0: the debug information that Python's own flags ask for is ten times the code.
@@ -39,7 +41,7 @@ def compiler_error():
     include = sysconfig.get_path("include")
     try:
         subprocess.run(
-            [*compiler, "-std=c++20", "-fsyntax-only", f"-I{include}", "-xc++", "-"],
+            [*compiler, STANDARD, "-fsyntax-only", f"-I{include}", "-xc++", "-"],
             input="#include <Python.h>\n#include <concepts>\n",
             capture_output=True,
             text=True,
@@ -81,16 +83,16 @@ def extension_args(build):
     if build == "cuda" and missing:
         sys.exit(f"FUSEDSKIP_BUILD=cuda needs {', '.join(cuda_needs)}; not found: {missing}")
 
-    extension_class, sources, defines = CppExtension, [], DEFINES
+    extension_class, sources, flags = CppExtension, [], [STANDARD, *DEFINES]
     if build != "cpu" and not missing:
-        extension_class, sources, defines = CUDAExtension, cuda_sources, [*DEFINES, "-DUSE_CUDA"]
+        extension_class, sources, flags = CUDAExtension, cuda_sources, [*flags, "-DUSE_CUDA"]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     extension = extension_class(
         "fusedskip._C",
         sorted(sources + glob("csrc/bindings/*.cpp") + glob("csrc/cpu/*.cpp")),
         extra_compile_args={
-            "cxx": CXX_FLAGS.split() + defines,
-            "nvcc": NVCC_FLAGS.split() + defines,
+            "cxx": CXX_FLAGS.split() + flags,
+            "nvcc": NVCC_FLAGS.split() + flags,
         },
         py_limited_api=True,
     )

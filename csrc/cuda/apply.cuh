@@ -29,7 +29,7 @@ __device__ void apply_to_program(const Tiling& tiling, const BatchNormForward& a
   if (args.training) {
 #pragma unroll
     for (int k = 0; k < kNorms; ++k)
-      if (own >= 0) origin[k] = origin_of<S>(k == 0 ? x : residual, tiling, own);
+      if (own >= 0) origin[k] = origin_of(k == 0 ? x : residual, tiling, own);
     moments = merge_moments<kSize, kNorms>(tiling, partials, channels);
   }
   __shared__ BlockAffine<S, kChannelsLast> affine_of_block[kNorms];

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto moments = merge_moments<kLanes<kChannelsLast>, 1>(tiling, partials, channels);
   if (own < 0) return;
   const View& view = tiling.view;
-  row[own] = origin_of<S>(x, tiling, own) + moments.mean[0];
+  row[own] = origin_of(x, tiling, own) + moments.mean[0];
   row[view.n_channels + own] = moments.m2[0];
   if (own == 0) row[2 * view.n_channels] = S(view.n_outer * view.n_inner);
 }

@@ -16,9 +16,9 @@ __device__ S finite_or_zero(S x) {
 }
 
 // The first element of a channel.
-template <typename S, typename T>
-__device__ S origin_of(const T* x, const Tiling& tiling, int64_t channel) {
-  return finite_or_zero(S(x[channel * tiling.view.n_inner]));
+template <typename T>
+__device__ StatisticsOf<T> origin_of(const T* x, const Tiling& tiling, int64_t channel) {
+  return finite_or_zero(widen_element(x[channel * tiling.view.n_inner]));
 }
 
 // Of one channel of every norm's tensor.

@@ -140,6 +140,18 @@ __device__ Array<StatisticsOf<T>, kOctet> widen(const Octet<T>& octet) {
   return values;
 }
 
+// By name: torch compiles extensions without implicit conversions of 16-bit types.
+template <typename T>
+__device__ StatisticsOf<T> widen_element(T value) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(value);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else {
+    return value;
+  }
+}
+
 // Rounds to nearest even.
 template <typename T>
 __device__ Octet<T> narrow(const Array<StatisticsOf<T>, kOctet>& values) {

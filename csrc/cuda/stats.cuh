@@ -22,7 +22,7 @@ __device__ void stats_of_program(const Tiling& tiling, const T* tensor, int norm
   Array<S, kSize> origin = {};
 #pragma unroll
   for (int j = 0; j < kSize; ++j)
-    if (j < channels.count) origin[j] = origin_of<S>(tensor, tiling, channels.first + j);
+    if (j < channels.count) origin[j] = origin_of(tensor, tiling, channels.first + j);
 
   Array<S, kSize> pivot = {}, sum = {}, squares = {};
   int count = 0;
