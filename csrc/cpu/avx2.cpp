@@ -8,7 +8,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
-#include "moments.h"
+#include "merge.h"
 #include "storage.h"
 
 #if defined(__clang__)

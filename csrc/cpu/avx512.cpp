@@ -9,7 +9,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
-#include "moments.h"
+#include "merge.h"
 #include "storage.h"
 
 #if defined(__clang__)

@@ -90,7 +90,7 @@ struct Kernels {
   void (*bwd_apply)(const BwdApplyTile&);
 };
 
-// One table an instruction set, indexed by Dtype. All but kBaseline exist on x86-64 alone.
+// One table an instruction set, indexed by Dtype. All but baseline's exist on x86-64 alone.
 namespace baseline {
 extern const Kernels kKernels[kDtypes];
 }
@@ -100,5 +100,8 @@ extern const Kernels kKernels[kDtypes];
 namespace avx512 {
 extern const Kernels kKernels[kDtypes];
 }
+
+// Those of the instruction set that was chosen for this processor.
+const Kernels& kernels(Dtype);
 
 }  // namespace fusedskip::cpu

@@ -1,25 +1,69 @@
-// Sum and M2 = Σ(x - mean)² of a channel, from those of its parts, by Chan's formula.
+// The statistics of a tensor: the first stage of forward, stats, over all its tiles.
 
 #pragma once
 
+#include <vector>
+
+#include "channels.h"
+#include "merge.h"
+
 namespace fusedskip::cpu {
 
-// Adds a part of `count` elements to the `seen` before it. What follows from these alone is worked
-// out once for all channels: their divisions would take longer than the rest.
-struct Merge {
-  double count, per_element, per_seen, weight;
+// Of one channel, or of a part of it.
+struct Moments {
+  double count = 0, sum = 0, m2 = 0;  // M2 = Σ(x - mean)²
 
-  Merge(double seen, double count)
-      : count(count),
-        per_element(1 / count),
-        per_seen(seen > 0 ? 1 / seen : 0),
-        weight(seen * count / (seen + count)) {}
+  double mean() const { return sum / count; }
 
-  void operator()(double& sum, double& m2, double part_sum, double part_m2) const {
-    const double delta = part_sum * per_element - sum * per_seen;
-    m2 += part_m2 + delta * delta * weight;
-    sum += part_sum;
+  void add(const Moments& part) {
+    if (part.count == 0) return;
+    Merge(count, part.count)(sum, m2, part.sum, part.m2);
+    count += part.count;
   }
+
+  // running = (1 - momentum)·running + momentum·batch, where it is given.
+  void update_running(const ChannelVector& running_mean, const ChannelVector& running_var,
+                      int64_t c, double momentum) const {
+    const auto update = [&](const ChannelVector& running, double batch) {
+      if (running.data) set(running, c, (1 - momentum) * get(running, c, 0) + momentum * batch);
+    };
+    update(running_mean, mean());
+    update(running_var, m2 / (count - 1));
+  }
+};
+
+class MomentsOfTiles {
+ public:
+  MomentsOfTiles(const void* input, Dtype dtype, const Tiling& tiling, bool wanted)
+      : input_(input), dtype_(dtype), tiling_(tiling), partials_(tiling, wanted ? 2 : 0) {
+    for (int64_t index = 0; wanted && index < tiling.tiles; ++index) {
+      const double count = double(tiling.count(index));
+      merges_.emplace_back(count_, count);
+      count_ += count;
+    }
+  }
+
+  void stats(int64_t group, int64_t index) const {
+    const Tile tile = tiling_.tile(group, index);
+    kernels(dtype_).stats({tile.runs, advance(input_, tile.offset, dtype_),
+                           partials_.of_tile(0, group, index), partials_.of_tile(1, group, index)});
+  }
+
+  Moments of_channel(int64_t c) const {
+    Moments moments{count_};
+    for (int64_t index = 0; index < tiling_.tiles; ++index)
+      merges_[index](moments.sum, moments.m2, partials_.of_channel(0, c, index),
+                     partials_.of_channel(1, c, index));
+    return moments;
+  }
+
+ private:
+  const void* input_;
+  Dtype dtype_;
+  const Tiling& tiling_;
+  Partials partials_;
+  std::vector<Merge> merges_;  // of each tile with those before it
+  double count_ = 0;
 };
 
 }  // namespace fusedskip::cpu

@@ -1,0 +1,81 @@
+// apply on one tile: the sum of a tensor and a residual, either perhaps normalised, its ReLU, and
+// the mask of that.
+
+#pragma once
+
+#include "runs.h"
+
+namespace fusedskip::cpu::FUSEDSKIP_ISA {
+
+// What is added up: nothing, a tensor as it is, or a tensor normalised.
+enum class Term { kAbsent, kPlain, kNormalised };
+
+template <typename T, Term kTerm, bool kPerLane>
+struct TermOf {
+  using S = StatisticsOf<T>;
+  Coefficient<S, kPerLane> mean, scale, shift;
+
+  explicit TermOf(const Affine& affine)
+      : mean(affine.mean), scale(affine.scale), shift(affine.shift) {}
+
+  template <typename... N>
+  Pack<S> operator()(const T* run, int64_t i, N... n) const {
+    const Pack<S> x = load(run + i, n...);
+    if constexpr (kTerm == Term::kNormalised)
+      return fma(x - mean.at(i, n...), scale.at(i, n...), shift.at(i, n...));
+    return x;
+  }
+};
+
+template <typename T, bool kPerLane, Term kX, Term kResidual, Relu kRelu>
+void apply_runs(const ApplyTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const TermOf<T, kX, kPerLane> x_term(tile.affine);
+  const TermOf<T, kResidual, kPerLane> residual_term(tile.residual_affine);
+  constexpr bool kHasResidual = kResidual != Term::kAbsent;
+  const P threshold = P::broadcast(kLargestStoredAsZero<T>);
+  for (int64_t run = 0; run < tile.runs.count; ++run) {
+    const int64_t offset = run * tile.runs.stride;
+    const T* x = static_cast<const T*>(tile.x) + offset;
+    const T* residual = static_cast<const T*>(tile.residual) + (kHasResidual ? offset : 0);
+    T* out = static_cast<T*>(tile.out) + run * tile.out_stride;
+    uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    prefetch<0>(tile.runs, kHasResidual ? residual : nullptr);
+    if (!tile.runs.streams) prefetch<1>(tile.runs, out);
+    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
+      const auto relu = [&](P a) {
+        const uint32_t bits = exceeds(a, threshold);
+        a = keep(a, bits);
+        if (mask) store_mask<P::kMaskBytes>(mask, i, bits, n...);
+        return a;
+      };
+      P y = x_term(x, i, n...);
+      if constexpr (kRelu == Relu::kFirst) y = relu(y);
+      if constexpr (kHasResidual) y = y + residual_term(residual, i, n...);
+      if constexpr (kRelu == Relu::kLast) y = relu(y);
+      store_result(tile.runs.streams, out + i, y, n...);
+    });
+  }
+  if (tile.runs.streams) order_streams();
+}
+
+template <typename T>
+void apply(const ApplyTile& tile) {
+  using enum Term;
+  if (!tile.affine.mean)  // add_relu: a ReLU and a residual, and the layout does not matter
+    return tile.relu == Relu::kFirst ? apply_runs<T, false, kPlain, kPlain, Relu::kFirst>(tile)
+                                     : apply_runs<T, false, kPlain, kPlain, Relu::kLast>(tile);
+  with_flag(tile.runs.per_lane, [&](auto per_lane) {
+    if (tile.residual_affine.mean)
+      return apply_runs<T, per_lane, kNormalised, kNormalised, Relu::kLast>(tile);
+    with_flag(tile.residual != nullptr, [&](auto residual) {
+      with_flag(tile.relu == Relu::kLast, [&](auto relu) {
+        apply_runs<T, per_lane, kNormalised, residual ? kPlain : kAbsent,
+                   relu ? Relu::kLast : Relu::kNone>(tile);
+      });
+    });
+  });
+}
+
+}  // namespace fusedskip::cpu::FUSEDSKIP_ISA

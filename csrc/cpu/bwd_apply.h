@@ -1,0 +1,77 @@
+// bwd_apply on one tile: dx and dresidual.
+
+#pragma once
+
+#include "gate.h"
+
+namespace fusedskip::cpu::FUSEDSKIP_ISA {
+
+// The gradient in front of a norm, of g behind it.
+template <typename S, bool kPerLane, bool kTraining>
+struct NormGradient {
+  Coefficient<S, kPerLane> mean, scale, k2, k3;
+
+  explicit NormGradient(const Affine& affine)
+      : mean(affine.mean), scale(affine.scale), k2(affine.k2), k3(affine.k3) {}
+
+  template <typename... N>
+  Pack<S> operator()(Pack<S> g, Pack<S> centred, int64_t i, N... n) const {
+    if constexpr (!kTraining) return g * scale.at(i, n...);
+    return fma(g, scale.at(i, n...), fma(centred, k2.at(i, n...), k3.at(i, n...)));
+  }
+};
+
+template <typename T, bool kPerLane, Gate kGate, bool kDual, bool kTraining>
+void bwd_apply_runs(const BwdApplyTile& tile) {
+  using S = StatisticsOf<T>;
+  using P = Pack<S>;
+  const Gated<T, kGate, kPerLane> gated(tile.affine);
+  const NormGradient<S, kPerLane, kTraining> gradient(tile.affine),
+      residual_gradient(tile.residual_affine);
+  constexpr bool kReadsX = kTraining || kGate == Gate::kRecompute;
+  for (int64_t run = 0; run < tile.runs.count; ++run) {
+    const int64_t offset = run * tile.runs.stride;
+    const T* dout = static_cast<const T*>(tile.dout) + offset;
+    const T* x = static_cast<const T*>(tile.x) + (kReadsX ? offset : 0);
+    const T* residual = static_cast<const T*>(tile.residual) + (kDual ? offset : 0);
+    const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    T* dx = tile.dx ? static_cast<T*>(tile.dx) + offset : nullptr;
+    T* dresidual = tile.dresidual ? static_cast<T*>(tile.dresidual) + offset : nullptr;
+    if (!tile.runs.streams) {
+      prefetch<1>(tile.runs, dx);
+      prefetch<1>(tile.runs, dresidual);
+    }
+    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
+      P centred = P::broadcast(0);
+      if constexpr (kReadsX) {
+        if (kGate == Gate::kRecompute || dx) centred = load(x + i, n...) - gated.mean.at(i, n...);
+      }
+      const P g = gated(load(dout + i, n...), centred, mask, i, n...);
+      if (dresidual) {
+        P d = g;
+        if constexpr (kDual) {
+          P residual_centred = P::broadcast(0);
+          if constexpr (kTraining)
+            residual_centred = load(residual + i, n...) - residual_gradient.mean.at(i, n...);
+          d = residual_gradient(g, residual_centred, i, n...);
+        }
+        store_result(tile.runs.streams, dresidual + i, d, n...);
+      }
+      if (dx) store_result(tile.runs.streams, dx + i, gradient(g, centred, i, n...), n...);
+    });
+  }
+  if (tile.runs.streams) order_streams();
+}
+
+template <typename T>
+void bwd_apply(const BwdApplyTile& tile) {
+  with_flag(tile.runs.per_lane, [&](auto per_lane) {
+    with_flag(tile.affine.k2 != nullptr, [&](auto training) {
+      with_gate(tile, [&](auto gate, auto dual) {
+        bwd_apply_runs<T, per_lane, gate, dual, training>(tile);
+      });
+    });
+  });
+}
+
+}  // namespace fusedskip::cpu::FUSEDSKIP_ISA

@@ -1,0 +1,43 @@
+// What the two backward stages share: how the gradient passes the ReLU.
+
+#pragma once
+
+#include "runs.h"
+
+namespace fusedskip::cpu::FUSEDSKIP_ISA {
+
+// The gradient behind the ReLU.
+template <typename T, Gate kGate, bool kPerLane>
+struct Gated {
+  using S = StatisticsOf<T>;
+  Coefficient<S, kPerLane> mean, scale, shift;
+  Pack<S> threshold = Pack<S>::broadcast(kLargestStoredAsZero<T>);
+
+  explicit Gated(const Affine& affine)
+      : mean(affine.mean), scale(affine.scale), shift(affine.shift) {}
+
+  template <typename... N>
+  Pack<S> operator()(Pack<S> g, Pack<S> centred, const uint8_t* mask, int64_t i, N... n) const {
+    if constexpr (kGate == Gate::kMask)
+      return keep(g, load_mask<Pack<S>::kMaskBytes>(mask, i, n...));
+    if constexpr (kGate == Gate::kRecompute)
+      return keep(g, exceeds(fma(centred, scale.at(i, n...), shift.at(i, n...)), threshold));
+    return g;
+  }
+};
+
+// Calls body(gate, dual) with both as constants. Two norms always come with a mask.
+template <typename Tile, typename Body>
+inline void with_gate(const Tile& tile, Body body) {
+  if (tile.residual) return body(std::integral_constant<Gate, Gate::kMask>(), std::true_type());
+  switch (tile.gate) {
+    case Gate::kNone:
+      return body(std::integral_constant<Gate, Gate::kNone>(), std::false_type());
+    case Gate::kMask:
+      return body(std::integral_constant<Gate, Gate::kMask>(), std::false_type());
+    case Gate::kRecompute:
+      return body(std::integral_constant<Gate, Gate::kRecompute>(), std::false_type());
+  }
+}
+
+}  // namespace fusedskip::cpu::FUSEDSKIP_ISA
