@@ -351,10 +351,16 @@ def _choose(x: Tensor, needs_grad: bool, training: bool = False) -> str:
     if torch.compiler.is_compiling():
         # What torch.export makes is to run without fusedskip. An evaluation is pointwise: Inductor
         # fuses it with its neighbours, too.
-        plain = torch.compiler.is_exporting() or not (training or needs_grad)
+        plain = _is_exporting() or not (training or needs_grad)
     else:
         plain = torch._C._is_tracing() or _is_transformed()
     return "eager" if plain or x.numel() == 0 else backend
+
+
+# Called by dynamo while it traces: by its own answer, torch 2.11 exports whatever it compiles.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
 
 
 def _is_transformed() -> bool:
