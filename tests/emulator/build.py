@@ -74,7 +74,8 @@ def build(folder):
         objects = list(pool.map(compiled, sources))
     extension = folder / "_C.abi3.so"
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-    libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
+    # Its own CUDA runtime comes before one that torch has loaded.
+    libraries += ["-ltorch", "-ltorch_cpu", "-lc10", "-Wl,-Bsymbolic"]
     subprocess.run(["c++", "-shared", *objects, *libraries, "-o", extension], check=True)
     return extension
 
