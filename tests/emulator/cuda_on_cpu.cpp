@@ -1,9 +1,8 @@
-// The fibers behind launch: made by makecontext, and switched by setjmp, which unlike swapcontext
-// makes no system call.
+// The fibers behind launch: made by makecontext, and switched by the compiler's own setjmp, which
+// unlike swapcontext makes no system call, and unlike libc's keeps three words.
 
 #include "cuda_on_cpu.h"
 
-#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -21,12 +20,14 @@ constexpr size_t kStack = 256 << 10;
 
 enum class State { kReady, kAtWarp, kAtBlock, kAtGrid, kDone };
 
+using Place = void* [5];  // of __builtin_setjmp
+
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t context;
-  jmp_buf place;
+  Place place;
   State state;
-  bool started;
+  bool started = false;
   // By the parity of the exchange: a lane may be one ahead of those that have yet to read.
   uint64_t given[2];
   int exchanges;
@@ -40,8 +41,7 @@ struct Block {
 
 Block* block;
 Fiber* current;
-jmp_buf scheduler;
-ucontext_t origin;
+Place scheduler;
 const std::function<void()>* body;
 
 [[noreturn]] void fail(const char* message) {
@@ -49,24 +49,29 @@ const std::function<void()>* body;
   std::abort();
 }
 
-void run() {
-  (*body)();
-  current->state = State::kDone;
-  _longjmp(scheduler, 1);
-}
+// Not where a place is saved, which the compiler's own setjmp does not allow.
+[[noreturn, gnu::noinline]] void jump(Place& place) { __builtin_longjmp(place, 1); }
 
-void resume(int thread) {
+[[gnu::noinline]] void resume(int thread) {
   current = &block->fibers[thread];
   threadIdx = {unsigned(thread), 0, 0};
-  if (_setjmp(scheduler)) return;
-  if (current->started) _longjmp(current->place, 1);
+  if (__builtin_setjmp(scheduler)) return;
+  if (current->started) jump(current->place);
   current->started = true;
   setcontext(&current->context);
 }
 
-void wait(State state) {
+[[gnu::noinline]] void wait(State state) {
   current->state = state;
-  if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+  if (!__builtin_setjmp(current->place)) jump(scheduler);
+}
+
+// A fiber that is done begins the next kernel: to make one takes system calls.
+void run() {
+  while (true) {
+    (*body)();
+    wait(State::kDone);
+  }
 }
 
 // Where all threads from begin to end are; a barrier that only some of them reach is an error.
@@ -83,11 +88,11 @@ void start(Block& b, dim3 index, int threads, int shared_bytes) {
   b.shared.resize(shared_bytes / sizeof(uint4));
   for (Fiber& fiber : b.fibers) {
     fiber.state = State::kReady;
-    fiber.started = false;
     fiber.exchanges = 0;
+    if (fiber.started) continue;
     getcontext(&fiber.context);
     fiber.context.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStack};
-    fiber.context.uc_link = &origin;
+    fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run, 0);
   }
 }
@@ -139,15 +144,17 @@ void launch_together(dim3 grid, int threads, int shared_bytes,
                      const std::function<void()>& kernel) {
   ++launches;
   body = &kernel;
-  std::vector<Block> blocks(grid.x * grid.y * grid.z);
+  static std::vector<Block> blocks;
+  const size_t count = grid.x * grid.y * grid.z;
+  blocks.resize(std::max(blocks.size(), count));
   size_t started = 0;
   for_each_block(grid, [&](dim3 index) { start(blocks[started++], index, threads, shared_bytes); });
   State state = State::kReady;
   while (state != State::kDone) {
     state = run_on(blocks.front());
-    for (size_t b = 1; b < blocks.size(); ++b)
+    for (size_t b = 1; b < count; ++b)
       if (run_on(blocks[b]) != state) fail("blocks part at a wait for the grid");
-    std::reverse(blocks.begin(), blocks.end());
+    std::reverse(blocks.begin(), blocks.begin() + count);
   }
 }
 
