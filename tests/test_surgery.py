@@ -222,6 +222,28 @@ def test_fuse_twice_and_unfuse(resnet):
     assert types(resnet) == before
 
 
+def test_a_class_that_changed_since_is_not_overwritten():
+    """A parametrization derives a class from the fused one: without it, the weight is another."""
+
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    model = nn.Sequential(timm.layers.BatchNormAct2d(4), timm.layers.BatchNormAct2d(4)).eval()
+    fusedskip.fuse(model)
+    nn.utils.parametrize.register_parametrization(model[1], "weight", Half())
+    before, x = types(model), torch.randn(2, 4, 3, 3)
+    want = model(x)
+    assert types(fusedskip.fuse(model)) == before
+    with pytest.raises(ValueError, match="1 has become a Parametrized"):
+        fusedskip.unfuse(model)
+    assert types(model) == before
+    torch.testing.assert_close(model(x), want)
+    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
+    assert type(fusedskip.unfuse(model)[1]) is timm.layers.BatchNormAct2d
+    torch.testing.assert_close(model(x), want)
+
+
 def test_explain_changes_nothing(resnet):
     before = types(resnet)
     report = fusedskip.explain(resnet)

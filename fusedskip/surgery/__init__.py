@@ -126,16 +126,29 @@ def fuse(
         lines = [f"  {row.name or '(the model)'} ({row.type}): {row.reason}" for row in refused]
         raise ValueError("\n".join([f"{len(refused)} modules cannot be fused:", *lines]))
     for candidate in candidates:
-        if candidate.fused_class is not None and candidate.row.reason is None:
+        if candidate.fused_class is None or candidate.row.reason is not None:
+            continue
+        if not isinstance(candidate.module, Fused):
             candidate.module.__class__ = candidate.fused_class
     return model
 
 
 def unfuse(model: Model) -> Model:
-    """Give every fused module of `model` its own class back, in place; returns `model`."""
-    for module in model.modules():
-        if isinstance(module, Fused):
-            module.__class__ = module.replaces  # type: ignore[assignment]
+    """Give every fused module of `model` its own class back, in place; returns `model`.
+
+    Raises:
+        ValueError: something has changed the class of a module since it was fused, as
+            parametrizations and `fully_shard` do; nothing has been changed.
+    """
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    for name, module in fused.items():
+        if type(module) not in FUSED.values():
+            raise ValueError(
+                f"{name or '(the model)'} has become a {type(module).__name__} since it was fused: "
+                "what did that, a parametrization or fully_shard, is to be taken back first"
+            )
+    for module in fused.values():
+        module.__class__ = module.replaces  # type: ignore[assignment]
     return model
 
 
