@@ -80,11 +80,13 @@ def difference(ours, theirs):
     # A bias before a norm has a gradient of 0, of which only rounding is to be seen.
     gradients = [g.abs().max() for n, g in theirs.items() if n.startswith("gradient")]
     floor = 1e-5 * max(gradients, default=0)
-    return max(
-        (float((ours[n] - want).abs().max() / (want.abs().max() + floor + 1e-300)), n)
-        for n, want in theirs.items()
+    found = {
+        name: (ours[name] - want).abs().max() / (want.abs().max() + floor + 1e-300)
+        for name, want in theirs.items()
         if want.numel()
-    )
+    }
+    # To Python's max, a NaN may be the least of all.
+    return max((float(d.nan_to_num(nan=torch.inf)), name) for name, d in found.items())
 
 
 def skeleton(build):
