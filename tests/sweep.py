@@ -77,13 +77,13 @@ def least_images(name, model):
 def difference(ours, theirs):
     """The largest, relative to the largest element of its tensor, and of what."""
     assert ours.keys() == theirs.keys()
+    sizes = {name: want.abs().max() for name, want in theirs.items() if want.numel()}
     # A bias before a norm has a gradient of 0, of which only rounding is to be seen.
-    gradients = [g.abs().max() for n, g in theirs.items() if n.startswith("gradient")]
-    floor = 1e-5 * max(gradients, default=0)
+    gradients = {name: size for name, size in sizes.items() if name.startswith("gradient")}
+    floors = dict.fromkeys(gradients, 1e-5 * max(gradients.values(), default=0))
     found = {
-        name: (ours[name] - want).abs().max() / (want.abs().max() + floor + 1e-300)
-        for name, want in theirs.items()
-        if want.numel()
+        name: (ours[name] - theirs[name]).abs().max() / (size + floors.get(name, 0) + 1e-300)
+        for name, size in sizes.items()
     }
     # To Python's max, a NaN may be the least of all.
     return max((float(d.nan_to_num(nan=torch.inf)), name) for name, d in found.items())

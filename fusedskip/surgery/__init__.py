@@ -126,9 +126,8 @@ def fuse(
         lines = [f"  {row.name or '(the model)'} ({row.type}): {row.reason}" for row in refused]
         raise ValueError("\n".join([f"{len(refused)} modules cannot be fused:", *lines]))
     for candidate in candidates:
-        if candidate.fused_class is None or candidate.row.reason is not None:
-            continue
-        if not isinstance(candidate.module, Fused):
+        row = candidate.row
+        if candidate.fused_class is not None and row.reason is None and not row.fused:
             candidate.module.__class__ = candidate.fused_class
     return model
 
