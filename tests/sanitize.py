@@ -1,9 +1,15 @@
-"""Every kernel on a few shapes: `compute-sanitizer python -m tests.sanitize`."""
+"""Every kernel on a few shapes: `compute-sanitizer python -m tests.sanitize`.
+
+Without a GPU those of the extension that EMULATED_EXTENSION names, built to run under libtsan.
+"""
 
 import contextlib
 import itertools
 
 import torch
+
+if not torch.cuda.is_available():
+    from .emulator import plugin  # noqa: F401  ahead of fusedskip
 
 import fusedskip
 from fusedskip import backends
@@ -16,21 +22,41 @@ CASES = [
     *itertools.product(((9, 130), (2, 17, 3, 3), (2, 64, 4, 4)), (torch.float32, torch.bfloat16)),
     ((700, 11, 5, 5), torch.float32),
 ]
+# libtsan takes 0.14 s for the threads of a block. These are two blocks of channels, two programs
+# each; and a function for every form of the kernels.
+EMULATED_CASES = (((5, 2, 24, 32), "contiguous"), ((2, 72, 5, 5), "channels_last"))
+EMULATED_FUNCTIONS = ("batch_norm_relu", "batch_norm_add_relu", "dual_batch_norm_add_relu")
+
+
+def on_gpu():
+    """Backends, whether in one launch, and what to run on them."""
+    problems = [
+        make_problem(function, shape, dtype, layout, "cuda")
+        for (shape, dtype), function, layout in itertools.product(CASES, (*FUNCTIONS, CAT), LAYOUTS)
+    ]
+    for backend, one_launch in (("cuda", False), ("cuda", True), ("triton", False)):
+        if backend in fusedskip.available_backends():
+            yield backend, one_launch, problems
+
+
+def emulated():
+    problems = [
+        make_problem(function, shape, torch.bfloat16, layout, "cpu")
+        for (shape, layout), function in itertools.product(EMULATED_CASES, EMULATED_FUNCTIONS)
+    ]
+    for one_launch in (False, True):
+        yield "cpu", one_launch, problems
 
 
 def main():
-    functions = (*FUNCTIONS, CAT)
-    available = fusedskip.available_backends()
-    runs = [(backend, False) for backend in ("cuda", "triton") if backend in available]
-    runs += [("cuda", True)] if "cuda" in available else []
-    for backend, one_launch in runs:
+    for backend, one_launch, problems in on_gpu() if torch.cuda.is_available() else emulated():
         launches = backends.on_chip() if one_launch else contextlib.nullcontext()
         with fusedskip.use_backend(backend), launches:
-            for (shape, dtype), function, layout in itertools.product(CASES, functions, LAYOUTS):
-                run(make_problem(function, shape, dtype, layout, "cuda"))
-        torch.cuda.synchronize()
-        steps = len(CASES) * len(functions) * len(LAYOUTS)
-        print(f"{backend}{', one launch' if one_launch else ''}: {steps} steps")
+            for problem in problems:
+                run(problem)
+        if backend != "cpu":
+            torch.cuda.synchronize()
+        print(f"{backend}{', one launch' if one_launch else ''}: {len(problems)} steps")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ TESTS = (
 SELECTED = "cpu and not two_runs and (not many_tiles or dual)"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of this machine runs them")
-@pytest.mark.skipif(
-    not (shutil.which("nvcc") and shutil.which("c++")),
-    reason="needs CUDA's headers, which come with nvcc, and a C++ compiler",
-)
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of this machine runs them"),
+    pytest.mark.skipif(
+        not (shutil.which("nvcc") and shutil.which("c++")),
+        reason="needs CUDA's headers, which come with nvcc, and a C++ compiler",
+    ),
+]
+
+
 def test_kernels_on_the_cpu(tmp_path):
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
@@ -39,3 +43,26 @@ def test_kernels_on_the_cpu(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_no_races(tmp_path):
+    """What no barrier orders, in a block or between blocks, ThreadSanitizer reports."""
+    command = ["c++", "-print-file-name=libtsan.so"]
+    libtsan = Path(subprocess.check_output(command, text=True).strip())
+    if not libtsan.is_absolute():
+        pytest.skip("needs libtsan, which comes with gcc")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sanitize"],
+        cwd=ROOT,
+        env=os.environ
+        | {
+            "EMULATED_EXTENSION": str(build(tmp_path, races=True)),
+            "LD_PRELOAD": str(libtsan.resolve()),
+            "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
+            "OMP_NUM_THREADS": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("6 steps") == 2

@@ -41,7 +41,8 @@ __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackwa
     totals = block_sum(sums, tiling.columns) + threadIdx.x;
   }
   __shared__ BlockAffine<S, kChannelsLast> affine_of_block[kNorms];
-  __shared__ BlockArray<S, kChannelsLast> k2_of_block[kNorms], k3_of_block[kNorms];
+  __shared__ BlockArray<S, kChannelsLast> k2_of_block[kNorms];
+  __shared__ BlockArray<S, kChannelsLast> k3_of_block[kNorms];
 #pragma unroll
   for (int k = 0; k < kNorms; ++k) {
     if (own < 0) break;

@@ -1,6 +1,6 @@
 """Compile csrc/cuda for the CPU into an extension like `fusedskip._C`.
 
-python -m tests.emulator.build FOLDER
+python -m tests.emulator.build FOLDER [races]
 """
 
 import os
@@ -29,6 +29,7 @@ LAUNCH = r"([\w:]+(?:<[^;{}]*>)?)\s*<<<(.+?), (\w+), 0, stream>>>\((.*?)\);"
 STORE = r'asm\("st\.global.*?"memory"\);'
 HINT = r'asm\("" : .*?\);'
 DYNAMIC_SHARED = r"extern __shared__ uint4 (\w+)\[\];"
+SHARED = r"__shared__ ([\w:]+(?:<.*?>)?) (\w+)((?:\[\w+\])*);"
 
 
 def cuda_headers():
@@ -44,11 +45,12 @@ def translated(source):
     source = re.sub(LAUNCH, r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
     source = re.sub(STORE, "*p = a;", source, flags=re.DOTALL)
     source = re.sub(DYNAMIC_SHARED, r"uint4* \1 = emulator::dynamic_shared();", source)
+    source = re.sub(SHARED, r"auto& \2 = emulator::shared<\1\3>([] {});", source)
     return re.sub(HINT, "", source)
 
 
-def build(folder):
-    """Return the extension, compiled in `folder`."""
+def build(folder, races=False):
+    """Return the extension, compiled in `folder`; with `races`, to run under libtsan."""
     sources = []
     headers = [*CSRC.glob("*.h"), *CSRC.glob("*/*.h"), *CSRC.glob("cuda/*.cuh")]
     for path in (*headers, *CSRC.glob("cuda/*.cu"), CSRC / "bindings" / "cpu.cpp"):
@@ -67,7 +69,8 @@ def build(folder):
 
     def compiled(source):
         target = source.with_suffix(source.suffix + ".o")
-        subprocess.run(["c++", *flags, "-c", source, "-o", target], check=True)
+        instrument = ["-fsanitize=thread", "-g1"] if races and source.suffix == ".cu" else []
+        subprocess.run(["c++", *flags, *instrument, "-c", source, "-o", target], check=True)
         return target
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -76,9 +79,10 @@ def build(folder):
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Its own CUDA runtime comes before one that torch has loaded.
     libraries += ["-ltorch", "-ltorch_cpu", "-lc10", "-Wl,-Bsymbolic"]
+    libraries += ["-ltsan"] if races else []
     subprocess.run(["c++", "-shared", *objects, *libraries, "-o", extension], check=True)
     return extension
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    print(build(Path(sys.argv[1]), races="races" in sys.argv[2:]))

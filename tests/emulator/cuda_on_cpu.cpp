@@ -3,50 +3,101 @@
 
 #include "cuda_on_cpu.h"
 
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
-#include <memory>
 #include <vector>
+
+// Of libtsan, where it is loaded: to its eyes a fiber is a thread, and what is not ordered by a
+// barrier is a race, in whatever order the fibers ran.
+extern "C" {
+[[gnu::weak]] void* __tsan_get_current_fiber();
+[[gnu::weak]] void* __tsan_create_fiber(unsigned flags);
+[[gnu::weak]] void __tsan_destroy_fiber(void*);
+[[gnu::weak]] void __tsan_switch_to_fiber(void*, unsigned flags);
+[[gnu::weak]] void __tsan_acquire(void*);
+[[gnu::weak]] void __tsan_release(void*);
+}
 
 namespace emulator {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr size_t kStack = 256 << 10;
+constexpr size_t kStack = 64 << 10;
+
+// A GPU that holds few blocks at once, and keeps little of them: 20 KB for each of three an SM.
+constexpr int kMultiprocessors = 4;
+constexpr int kSharedOfSM = 66 << 10, kSharedOfBlock = 48 << 10, kReserved = 1 << 10;
+constexpr int kDeclared = 1000;  // shared memory of a kernel's own; how much it is, is not known
 
 enum class State { kReady, kAtWarp, kAtBlock, kAtGrid, kDone };
 
 using Place = void* [5];  // of __builtin_setjmp
 
 struct Fiber {
-  std::unique_ptr<char[]> stack{new char[kStack]};
   ucontext_t context;
   Place place;
   State state;
   bool started = false;
+  void* to_tsan = nullptr;
   // By the parity of the exchange: a lane may be one ahead of those that have yet to read.
   uint64_t given[2];
   int exchanges;
+  int waits_for_block, waits_for_grid;
+};
+
+// From the system, so that tsan forgets who had it before.
+class Memory {
+ public:
+  explicit Memory(size_t size) : size_(size) {
+    data_ = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data_ == MAP_FAILED) std::abort();
+  }
+  Memory(const Memory&) = delete;
+  ~Memory() { munmap(data_, size_); }
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_;
+  size_t size_;
 };
 
 struct Block {
+  explicit Block(int threads) : fibers(threads), stacks(threads * kStack), shared(kSharedOfBlock) {}
+  ~Block() {
+    if (__tsan_destroy_fiber)
+      for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.to_tsan);
+  }
+
   uint3 index;
   std::vector<Fiber> fibers;
-  std::vector<uint4> shared;
+  Memory stacks, shared;
+  int used_of_shared;
+  std::vector<std::pair<const void*, void*>> variables;  // by name
+  char barriers[2];
 };
 
 Block* block;
 Fiber* current;
 Place scheduler;
+void* scheduler_to_tsan;
+char grid_barriers[2], end_of_launch;
 const std::function<void()>* body;
 
 [[noreturn]] void fail(const char* message) {
   std::fprintf(stderr, "block (%u, %u, %u): %s\n", blockIdx.x, blockIdx.y, blockIdx.z, message);
   std::abort();
+}
+
+// Without an order: that a fiber runs after another means nothing.
+void tell_tsan_of_switch(void* to) {
+  constexpr unsigned kNoOrder = 1;
+  if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(to, kNoOrder);
 }
 
 // Not where a place is saved, which the compiler's own setjmp does not allow.
@@ -56,6 +107,7 @@ const std::function<void()>* body;
   current = &block->fibers[thread];
   threadIdx = {unsigned(thread), 0, 0};
   if (__builtin_setjmp(scheduler)) return;
+  tell_tsan_of_switch(current->to_tsan);
   if (current->started) jump(current->place);
   current->started = true;
   setcontext(&current->context);
@@ -63,13 +115,25 @@ const std::function<void()>* body;
 
 [[gnu::noinline]] void wait(State state) {
   current->state = state;
-  if (!__builtin_setjmp(current->place)) jump(scheduler);
+  if (__builtin_setjmp(current->place)) return;
+  tell_tsan_of_switch(scheduler_to_tsan);
+  jump(scheduler);
+}
+
+// What was done before the barrier by those who meet there comes before what any does after it.
+// Every other time it is the other object: a fiber may be at the next barrier before the last one
+// has left this one.
+void meet(State state, char& barrier) {
+  if (__tsan_release) __tsan_release(&barrier);
+  wait(state);
+  if (__tsan_acquire) __tsan_acquire(&barrier);
 }
 
 // A fiber that is done begins the next kernel: to make one takes system calls.
 void run() {
   while (true) {
     (*body)();
+    if (__tsan_release) __tsan_release(&end_of_launch);
     wait(State::kDone);
   }
 }
@@ -82,16 +146,20 @@ State common_state(int begin, int end) {
   return block->fibers[begin].state;
 }
 
-void start(Block& b, dim3 index, int threads, int shared_bytes) {
+void start(Block& b, dim3 index, int shared_bytes) {
   b.index = {index.x, index.y, index.z};
-  b.fibers.resize(threads);
-  b.shared.resize(shared_bytes / sizeof(uint4));
-  for (Fiber& fiber : b.fibers) {
+  b.used_of_shared = shared_bytes;
+  b.variables.clear();
+  std::memset(b.shared.data(), 0xff, kSharedOfBlock);  // NaN
+  for (size_t thread = 0; thread < b.fibers.size(); ++thread) {
+    Fiber& fiber = b.fibers[thread];
     fiber.state = State::kReady;
-    fiber.exchanges = 0;
+    fiber.exchanges = fiber.waits_for_block = fiber.waits_for_grid = 0;
     if (fiber.started) continue;
+    if (__tsan_create_fiber) fiber.to_tsan = __tsan_create_fiber(0);
     getcontext(&fiber.context);
-    fiber.context.uc_stack = {.ss_sp = fiber.stack.get(), .ss_flags = 0, .ss_size = kStack};
+    fiber.context.uc_stack = {
+        .ss_sp = b.stacks.data() + thread * kStack, .ss_flags = 0, .ss_size = kStack};
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, run, 0);
   }
@@ -110,11 +178,6 @@ State run_on(Block& b) {
   return b.fibers[0].state;
 }
 
-// A GPU that holds few blocks at once, and keeps little of them: 20 KB for each of three an SM.
-constexpr int kMultiprocessors = 4;
-constexpr int kSharedOfSM = 66 << 10, kSharedOfBlock = 48 << 10, kReserved = 1 << 10;
-constexpr int kDeclared = 1000;  // shared memory of a kernel's own; how much it is, is not known
-
 std::map<const void*, int> granted;  // dynamic shared memory, by kernel
 
 int blocks_an_sm(int dynamic_bytes) {
@@ -129,12 +192,33 @@ void for_each_block(dim3 grid, Body body) {
       for (unsigned x = 0; x < grid.x; ++x) body(dim3(x, y, z));
 }
 
+// Counts the launch, which what follows comes after.
+class Launch {
+ public:
+  explicit Launch(const std::function<void()>& kernel) {
+    ++launches;
+    body = &kernel;
+    if (__tsan_get_current_fiber) scheduler_to_tsan = __tsan_get_current_fiber();
+  }
+  ~Launch() {
+    if (__tsan_acquire) __tsan_acquire(&end_of_launch);
+  }
+};
+
+// Blocks to run, one of them or as many as run together: those of the last launch, but not where
+// tsan looks, to which their fibers would be the same threads.
+std::deque<Block>& blocks_of(int threads, size_t count) {
+  static std::deque<Block> blocks;
+  if (__tsan_create_fiber) blocks.clear();
+  while (blocks.size() < count) blocks.emplace_back(threads);
+  return blocks;
+}
+
 void launch_in_turn(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
-  static Block only;
-  ++launches;
-  body = &kernel;
+  const Launch launch(kernel);
   for_each_block(grid, [&](dim3 index) {
-    start(only, index, threads, shared_bytes);
+    Block& only = blocks_of(threads, 1).front();
+    start(only, index, shared_bytes);
     if (run_on(only) != State::kDone) fail("waits for blocks that may not have started");
   });
 }
@@ -142,19 +226,20 @@ void launch_in_turn(dim3 grid, int threads, int shared_bytes, const std::functio
 // From wait to wait the blocks run the other way round: none is to rely on the one before it.
 void launch_together(dim3 grid, int threads, int shared_bytes,
                      const std::function<void()>& kernel) {
-  ++launches;
-  body = &kernel;
-  static std::vector<Block> blocks;
+  const Launch launch(kernel);
   const size_t count = grid.x * grid.y * grid.z;
-  blocks.resize(std::max(blocks.size(), count));
-  size_t started = 0;
-  for_each_block(grid, [&](dim3 index) { start(blocks[started++], index, threads, shared_bytes); });
+  std::deque<Block>& all = blocks_of(threads, count);
+  std::vector<Block*> blocks;
+  for_each_block(grid, [&](dim3 index) {
+    blocks.push_back(&all[blocks.size()]);
+    start(*blocks.back(), index, shared_bytes);
+  });
   State state = State::kReady;
   while (state != State::kDone) {
-    state = run_on(blocks.front());
+    state = run_on(*blocks.front());
     for (size_t b = 1; b < count; ++b)
-      if (run_on(blocks[b]) != state) fail("blocks part at a wait for the grid");
-    std::reverse(blocks.begin(), blocks.begin() + count);
+      if (run_on(*blocks[b]) != state) fail("blocks part at a wait for the grid");
+    std::reverse(blocks.begin(), blocks.end());
   }
 }
 
@@ -181,11 +266,21 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   return cudaSuccess;
 }
 
-void sync_threads() { wait(State::kAtBlock); }
+void sync_threads() { meet(State::kAtBlock, block->barriers[current->waits_for_block++ % 2]); }
 
-void sync_grid() { wait(State::kAtGrid); }
+void sync_grid() { meet(State::kAtGrid, grid_barriers[current->waits_for_grid++ % 2]); }
 
-uint4* dynamic_shared() { return block->shared.data(); }
+uint4* dynamic_shared() { return reinterpret_cast<uint4*>(block->shared.data()); }
+
+void* shared_variable(const void* name, int size) {
+  for (const auto& [other, at] : block->variables)
+    if (other == name) return at;
+  void* at = block->shared.data() + block->used_of_shared;
+  block->used_of_shared += (size + 15) / 16 * 16;
+  if (block->used_of_shared > kSharedOfBlock) fail("more shared memory than a block has");
+  block->variables.push_back({name, at});
+  return at;
+}
 
 uint64_t exchange(uint64_t value, int mask) {
   const int thread = int(threadIdx.x), parity = current->exchanges++ % 2;

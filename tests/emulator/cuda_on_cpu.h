@@ -19,12 +19,10 @@
 #undef __global__
 #undef __grid_constant__
 #undef __launch_bounds__
-#undef __shared__
 #define __device__
 #define __global__
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static  // one block runs at a time; nothing outlasts a wait for the grid
 #define __builtin_assume(...)
 
 inline uint3 blockIdx, threadIdx;
@@ -43,6 +41,15 @@ void sync_threads();
 void sync_grid();
 // The block's own.
 uint4* dynamic_shared();
+void* shared_variable(const void* name, int size);
+
+// A variable in shared memory, known by the type of `name`.
+template <typename T, typename Name>
+T& shared(Name) {
+  static const char name = 0;
+  return *static_cast<T*>(shared_variable(&name, sizeof(T)));
+}
+
 // `value` of the lane whose number differs by `mask`.
 uint64_t exchange(uint64_t value, int mask);
 
