@@ -15,6 +15,7 @@ using namespace fusedskip::cuda;
 namespace {
 
 View current;
+int clustered = 0;
 
 #define CHECK(condition)                                                                        \
   if (!(condition)) {                                                                           \
@@ -201,6 +202,29 @@ void check_moments(const Tiling& t) {
   }
 }
 
+// Clusters of which each program keeps all that is its own, as many as a GPU has places for; a GPU
+// of an H100's size, forward and backward, and a small one.
+template <bool kChannelsLast>
+void check_clusters(const View& v) {
+  struct Gpu {
+    int resident, rounds, most_programs;
+  };
+  for (const auto& [resident, rounds, most_programs] :
+       {Gpu{384, 17, 16}, Gpu{384, 8, 16}, Gpu{12, 2, 4}}) {
+    const auto tiling = cluster_tiling(v, resident, rounds, most_programs);
+    if (!tiling) continue;
+    const int64_t blocks = tiling->programs * tiling->channel_blocks;
+    CHECK(tiling->programs > 1 && tiling->programs <= most_programs && 2 * blocks >= resident);
+    CHECK(tiling->rounds(0) <= rounds);
+    CHECK(!kChannelsLast || tiling->columns >= std::min<int64_t>(2, tiling->octets));
+    check_grid(*tiling, blocks);
+    check_channels(*tiling);
+    check_cover<kChannelsLast, 1, true>(*tiling);
+    check_return<kChannelsLast>(*tiling);
+    ++clustered;
+  }
+}
+
 template <bool kChannelsLast>
 void check_shape(const View& v) {
   current = v;
@@ -226,6 +250,7 @@ void check_shape(const View& v) {
     check_cover<kChannelsLast, 1, true>(together);
     check_return<kChannelsLast>(together);
   }
+  check_clusters<kChannelsLast>(v);
   if (numel(v) * v.n_channels < 200'000) check_moments<kChannelsLast>(t);
 }
 
@@ -288,7 +313,8 @@ int main() {
   for (const View& v :
        {View{3136, 2048, 1}, View{64, 2048, 49}, View{12544, 1024, 1}, View{40'000, 64, 1},
         View{4, 64, 3136}, View{1, 1, 1'000'003}, View{1, 3, 300'000}, View{2, 3001, 7},
-        View{77, 1001, 1}, View{300'000, 1, 1}, View{1, 300'001, 1}, View{5, 123, 123}}) {
+        View{77, 1001, 1}, View{300'000, 1, 1}, View{1, 300'001, 1}, View{5, 123, 123},
+        View{16, 256, 784}, View{1568, 2048, 1}}) {
     check(v);
     ++shapes;
   }
@@ -302,5 +328,9 @@ int main() {
     check_large<false>(v);
     ++shapes;
   }
-  std::printf("%d shapes\n", shapes);
+  // As the comment beside cluster_tiling has it: ResNet-50 at batch 64, in 16 bits.
+  CHECK(cluster_tiling({64, 256, 3136}, 384, 17, 16)->programs == 6);
+  CHECK(cluster_tiling({12544, 1024, 1}, 384, 17, 16)->columns == 4);
+  CHECK(!cluster_tiling({200704, 256, 1}, 384, 17, 16));
+  std::printf("%d shapes, %d in clusters\n", shapes, clustered);
 }

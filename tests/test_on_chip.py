@@ -20,9 +20,9 @@ if not (on_gpu or "EMULATED_EXTENSION" in os.environ):
 
 FUNCTIONS = (*NORMS, CAT)
 # Rows of whole accesses. Emulated, a part of them is kept: of (7, 64, 16, 24) channels-last two to
-# seven rounds, of (5, 3, 40, 80) channels-first two; and of (300, 72, 4, 4), in two blocks of
-# channels of which the second is nearly empty, a few of 25.
-SHAPES = ((7, 64, 16, 24), (5, 3, 40, 80), (300, 72, 4, 4), (2, 8, 1, 8))
+# seven rounds; and of (300, 72, 4, 4), in two blocks of channels of which the second is nearly
+# empty, a few of 25. In clusters, all of (7, 128, 4, 24), and channels-first of (5, 3, 40, 80).
+SHAPES = ((7, 64, 16, 24), (5, 3, 40, 80), (300, 72, 4, 4), (7, 128, 4, 24), (2, 8, 1, 8))
 FILLING = ((32, 64, 56, 56), (32, 2048, 7, 7), (64, 256, 56, 56))  # a GPU
 
 

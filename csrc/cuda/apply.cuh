@@ -12,10 +12,10 @@
 
 namespace fusedskip::cuda {
 
-template <bool kChannelsLast, int kWidth, int kNorms, typename T, typename Kept,
+template <bool kChannelsLast, int kWidth, int kNorms, typename T, typename Parts, typename Kept,
           typename S = StatisticsOf<T>>
 __device__ void apply_to_program(const Tiling& tiling, const BatchNormForward& args,
-                                 const Partials<S>& partials, Kept kept) {
+                                 const Parts& partials, Kept kept) {
   constexpr int kSize = kLanes<kChannelsLast>;
   constexpr int kUnroll = kInFlight<T, 2, kBlocksAtOnce<kChannelsLast, kNorms>>;
   const T* x = static_cast<const T*>(args.x);
@@ -58,6 +58,7 @@ __device__ void apply_to_program(const Tiling& tiling, const BatchNormForward& a
     affine_of_block[k].put(norm, own, mean, rstd);
   }
   __syncthreads();
+  partials.have_been_read();
   Affine<S, kSize> affine[kNorms];
 #pragma unroll
   for (int k = 0; k < kNorms; ++k) affine[k] = affine_of_block[k].lanes(tiling.columns);

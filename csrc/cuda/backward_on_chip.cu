@@ -13,13 +13,16 @@ using Kept = KeptOnChip<T, 1 + kNorms<kKind>, /*kMask=*/kKind != Kind::kRecomput
 template <typename T, bool kChannelsLast, int kWidth, Kind kKind, typename S = StatisticsOf<T>>
 __global__ void __launch_bounds__(kThreads,
                                   kResidentBlocks<T, kChannelsLast, kWidth, kNorms<kKind>>)
-    batch_norm_bwd_on_chip_kernel(const __grid_constant__ Tiling tiling,
+    batch_norm_bwd_on_chip_kernel(const __grid_constant__ OnChip plan,
                                   const __grid_constant__ BatchNormBackward args,
-                                  const __grid_constant__ Partials<S> partials, int rounds) {
-  const Kept<T, kKind> kept(rounds);
+                                  const __grid_constant__ Partials<S> in_memory) {
+  const Tiling& tiling = plan.tiling;
+  const Kept<T, kKind> kept(plan.rounds);
+  const PartialsOnChip<S, kChannelsLast, 1 + kNorms<kKind>> partials(in_memory, plan.in_clusters);
   bwd_reduce_of_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, kept);
-  wait_for_programs(tiling);
+  partials.wait_for_programs();
   bwd_apply_to_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, kept);
+  partials.wait_for_readers();
 }
 
 }  // namespace
@@ -46,10 +49,9 @@ cudaError_t backward_on_chip(const BatchNormBackward& args, const OnChip& plan, 
     using I = decltype(instance);
     using T = typename I::T;
     if constexpr (kHasOnChip<I>) {
-      const Partials<StatisticsOf<T>> partials(workspace, plan.tiling, kNorms<kind>);
-      return launch_together<batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
-          plan.tiling, plan.rounds * Kept<T, kind>::kBytesARound, stream, plan.tiling, args,
-          partials, plan.rounds);
+      return launch_on_chip<Kept<T, kind>,
+                            batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
+          plan, stream, args, Partials<StatisticsOf<T>>(workspace, plan.tiling, kNorms<kind>));
     }
     return cudaErrorInvalidValue;
   });

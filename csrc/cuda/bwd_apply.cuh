@@ -12,10 +12,10 @@
 
 namespace fusedskip::cuda {
 
-template <bool kChannelsLast, int kWidth, Kind kKind, typename T, typename Kept,
+template <bool kChannelsLast, int kWidth, Kind kKind, typename T, typename Parts, typename Kept,
           typename S = StatisticsOf<T>>
 __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackward& args,
-                                     const Partials<S>& partials, Kept kept) {
+                                     const Parts& partials, Kept kept) {
   constexpr int kSize = kLanes<kChannelsLast>, kNorms = cuda::kNorms<kKind>;
   // Beside four coefficients of eight channels, the registers hold one octet of each tensor. That
   // is enough: half of the traffic is writing, and 24 KB an SM or more are on their way, of the 18
@@ -71,6 +71,7 @@ __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackwa
   }
   if (!args.dx && !args.dresidual) return;
   __syncthreads();
+  partials.have_been_read();
   Affine<S, kSize> affine[kNorms];
   Array<S, kSize> k2[kNorms], k3[kNorms];
 #pragma unroll

@@ -8,10 +8,10 @@
 
 namespace fusedskip::cuda {
 
-template <bool kChannelsLast, int kWidth, Kind kKind, typename T, typename Kept,
+template <bool kChannelsLast, int kWidth, Kind kKind, typename T, typename Parts, typename Kept,
           typename S = StatisticsOf<T>>
 __device__ void bwd_reduce_of_program(const Tiling& tiling, const BatchNormBackward& args,
-                                      const Partials<S>& partials, Kept kept) {
+                                      const Parts& partials, Kept kept) {
   constexpr int kSize = kLanes<kChannelsLast>, kNorms = cuda::kNorms<kKind>;
   constexpr int kUnroll = kInFlight<T, 1 + kNorms, kBlocksAtOnce<kChannelsLast, kNorms>>;
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);

@@ -127,6 +127,8 @@ __device__ const S* block_sum(Array<S, kSize> (&values)[kCount], int columns) {
 // channel, and of stats the elements that the programs saw of each channel of theirs.
 template <typename S>
 struct Partials {
+  using Number = S;
+
   S *numbers, *counts;
   int programs;
 
@@ -142,6 +144,13 @@ struct Partials {
     S* first = numbers + (int64_t{which} * programs + program) * tiling.pitch();
     return *reinterpret_cast<Array<S, kSize>*>(first + channels.first);
   }
+
+  __device__ S& count(int program, const Tiling& tiling) const {
+    return counts[program * tiling.channel_blocks + blockIdx.x];
+  }
+
+  // Once the threads of a block have read what they need of the others.
+  __device__ void have_been_read() const {}
 
   // Calls body(program) for all programs: the threads of a column share them, up to six for each.
   template <typename Body>

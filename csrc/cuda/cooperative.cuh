@@ -1,92 +1,82 @@
-// One launch in the place of two: its blocks wait for each other, so that the GPU must hold all of
-// them at once.
+// How the programs of one launch wait for each other, and come by each other's partial results:
+// those of a channel block, where they are a cluster, in shared memory; or else all of the grid,
+// and in memory.
 
 #pragma once
 
 #include <cooperative_groups.h>
-#include <cuda_runtime.h>
 
-#include <mutex>
-
-#include "kept.cuh"
+#include "channels.cuh"
 
 namespace fusedskip::cuda {
 
-// All threads must call it. What a program has written is then there for the others of its
-// channels; a program alone has only its own threads to wait for.
-__device__ inline void wait_for_programs(const Tiling& tiling) {
-  if (tiling.programs == 1) {
-    __syncthreads();
-  } else {
-    cooperative_groups::this_grid().sync();
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+using cooperative_groups::this_cluster;
+#else
+// Clusters begin with sm_90; for less, no plan has them.
+struct NoCluster {
+  __device__ void sync() const {}
+  __device__ void barrier_arrive() const {}
+  __device__ void barrier_wait() const {}
+  template <typename T>
+  __device__ T* map_shared_rank(T* own, int) const {
+    return own;
   }
-}
-
-// What the current device has for a kernel of which every SM is to hold kBlocksAnSM blocks at once:
-// that many blocks in all, each with so many bytes of shared memory beside what the kernel
-// declares.
-struct Room {
-  int blocks = 0, shared_bytes = 0;
 };
+__device__ inline NoCluster this_cluster() { return {}; }
+#endif
 
-template <auto kKernel, int kBlocksAnSM>
-Room find_room(int device) {
-  const auto attribute = [&](cudaDeviceAttr which) {
-    int value = 0;
-    cudaDeviceGetAttribute(&value, which, device);
-    return value;
-  };
-  constexpr int kUnit = 256;  // in which shared memory is handed out, or a multiple of that
-  const int of_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
-            of_block = of_sm / kBlocksAnSM / kUnit * kUnit -
-                       attribute(cudaDevAttrReservedSharedMemoryPerBlock),
-            most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const auto succeeds = [](cudaError_t error) { return error == cudaSuccess; };
-  cudaFuncAttributes kernel;
-  int shared_bytes = 0, blocks_an_sm = 0;
-  const bool has_room =
-      attribute(cudaDevAttrCooperativeLaunch) &&
-      succeeds(cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel))) &&
-      (shared_bytes = std::min(of_block, most) - int(kernel.sharedSizeBytes)) > 0 &&
-      succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    shared_bytes)) &&
-      succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                                    cudaSharedmemCarveoutMaxShared)) &&
-      succeeds(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_an_sm, kKernel, kThreads,
-                                                             shared_bytes));
-  if (!has_room) {
-    cudaGetLastError();  // or the next launch would report it
-    return {};
+// Up to kRows numbers a channel and program.
+template <typename S, bool kChannelsLast, int kRows>
+class PartialsOnChip : public Partials<S> {
+ public:
+  __device__ PartialsOnChip(const Partials<S>& in_memory, bool in_clusters)
+      : Partials<S>(in_memory), in_clusters_(in_clusters) {
+    __shared__ Shared own;
+    own_ = &own;
   }
-  return {blocks_an_sm * attribute(cudaDevAttrMultiProcessorCount), shared_bytes};
-}
 
-// Found once for each device.
-template <auto kKernel, int kBlocksAnSM>
-Room room_for() {
-  constexpr int kMaxDevices = 64;
-  static std::once_flag found[kMaxDevices];
-  static Room rooms[kMaxDevices];
-  int device;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {};
-  std::call_once(found[device], [&] { rooms[device] = find_room<kKernel, kBlocksAnSM>(device); });
-  return rooms[device];
-}
+  template <int kSize>
+  __device__ Array<S, kSize>& row(int which, int program, const Tiling& tiling,
+                                  const Channels& channels) const {
+    if (!in_clusters_) return Partials<S>::template row<kSize>(which, program, tiling, channels);
+    S* first = of(program)->rows[which].values + kSize * tiling.column(threadIdx.x);
+    return *reinterpret_cast<Array<S, kSize>*>(first);
+  }
+  __device__ S& count(int program, const Tiling& tiling) const {
+    return in_clusters_ ? of(program)->count : Partials<S>::count(program, tiling);
+  }
 
-template <auto kKernel, typename... Args>
-cudaError_t launch_together(const Tiling& tiling, int shared_bytes, cudaStream_t stream,
-                            const Args&... args) {
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = tiling.programs > 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(tiling.channel_blocks, tiling.programs);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kKernel, args...);
-}
+  // All threads must call it. What any program has left is then there for those of its channels.
+  __device__ void wait_for_programs() const {
+    if (this->programs == 1) {
+      __syncthreads();
+    } else if (in_clusters_) {
+      this_cluster().sync();
+    } else {
+      cooperative_groups::this_grid().sync();
+    }
+  }
+
+  // No block may end while others read what it has left: all threads call the second last of all.
+  __device__ void have_been_read() const {
+    if (in_clusters_) this_cluster().barrier_arrive();
+  }
+  __device__ void wait_for_readers() const {
+    if (in_clusters_) this_cluster().barrier_wait();
+  }
+
+ private:
+  struct Shared {
+    BlockArray<S, kChannelsLast> rows[kRows];
+    S count;
+  };
+
+  // A block's number in its cluster is that of its program.
+  __device__ Shared* of(int program) const { return this_cluster().map_shared_rank(own_, program); }
+
+  bool in_clusters_;
+  Shared* own_;
+};
 
 }  // namespace fusedskip::cuda

@@ -12,16 +12,19 @@ using Kept = KeptOnChip<T, kNorms, /*kMask=*/false>;
 
 template <typename T, bool kChannelsLast, int kWidth, int kNorms, typename S = StatisticsOf<T>>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth, kNorms>)
-    batch_norm_on_chip_kernel(const __grid_constant__ Tiling tiling,
+    batch_norm_on_chip_kernel(const __grid_constant__ OnChip plan,
                               const __grid_constant__ BatchNormForward args,
-                              const __grid_constant__ Partials<S> partials, int rounds) {
-  const Kept<T, kNorms> kept(rounds);
+                              const __grid_constant__ Partials<S> in_memory) {
+  const Tiling& tiling = plan.tiling;
+  const Kept<T, kNorms> kept(plan.rounds);
+  const PartialsOnChip<S, kChannelsLast, 2 * kNorms> partials(in_memory, plan.in_clusters);
   stats_of_program<kChannelsLast, kWidth>(tiling, static_cast<const T*>(args.x), 0, partials, kept);
   if constexpr (kNorms == 2)
     stats_of_program<kChannelsLast, kWidth>(tiling, static_cast<const T*>(args.residual), 1,
                                             partials, kept);
-  wait_for_programs(tiling);
+  partials.wait_for_programs();
   apply_to_program<kChannelsLast, kWidth, kNorms, T>(tiling, args, partials, kept);
+  partials.wait_for_readers();
 }
 
 }  // namespace
@@ -46,11 +49,11 @@ cudaError_t forward_on_chip(const BatchNormForward& args, const OnChip& plan, vo
     using I = decltype(instance);
     using T = typename I::T;
     if constexpr (kHasOnChip<I>) {
-      const Tiling tiling = plan.tiling.with_pitch(args.out_pitch);
-      const Partials<StatisticsOf<T>> partials(workspace, tiling, norms);
-      return launch_together<batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
-          tiling, plan.rounds * Kept<T, norms>::kBytesARound, stream, tiling, args, partials,
-          plan.rounds);
+      OnChip with_pitch = plan;
+      with_pitch.tiling = plan.tiling.with_pitch(args.out_pitch);
+      return launch_on_chip<Kept<T, norms>,
+                            batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
+          with_pitch, stream, args, Partials<StatisticsOf<T>>(workspace, plan.tiling, norms));
     }
     return cudaErrorInvalidValue;
   });

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "../args.h"
 
@@ -93,11 +94,11 @@ struct Tiling {
   Step round, carry;
 
   // So many blocks or a few less; one for each channel block, if these are more.
-  constexpr Tiling(const View& v, int64_t blocks)
+  constexpr Tiling(const View& v, int64_t blocks, int most_columns = kMaxColumns)
       : view(v), channels_last(v.n_inner == 1), octets(v.mask_row_bytes()), column_bits(0) {
+    if (octets <= 8) most_columns = std::min(most_columns, 4);
     if (channels_last)
-      while ((1 << column_bits) < std::min<int64_t>(octets > 8 ? kMaxColumns : 4, octets))
-        ++column_bits;
+      while ((1 << column_bits) < std::min<int64_t>(most_columns, octets)) ++column_bits;
     columns = 1 << column_bits;
     channel_blocks = channels_last ? ceil_div(octets, columns) : v.n_channels;
     const int64_t most = std::max<int64_t>(1, blocks / channel_blocks);
@@ -177,6 +178,28 @@ constexpr Tiling stats_tiling(const View& view, int norms) {
 }
 constexpr Tiling stage_tiling(const View& view, int norms) {
   return Tiling(view, launch_blocks(view, norms == 1 ? kBlocks : kDualBlocks));
+}
+
+// The programs of each channel block as a cluster that keeps all of its octets, a program having
+// room for `rounds`, and a cluster for `most_programs`: however many channel blocks there are, each
+// is read once. They are cut as wide as fits, down to 32 bytes of 16-bit elements, the least that
+// is fetched whole. Nothing where the last of few blocks would leave more than half of the GPU's
+// `resident` places empty: half of them still have 24 KB an SM on their way, of the 18 KB that it
+// takes.
+constexpr std::optional<Tiling> cluster_tiling(const View& view, int64_t resident, int rounds,
+                                               int most_programs) {
+  if (rounds == 0) return std::nullopt;
+  for (int columns = kMaxColumns; columns >= (view.n_inner == 1 ? 2 : kMaxColumns); columns /= 2) {
+    const Tiling alone(view, 1, columns);
+    const int64_t needed = ceil_div(alone.rounds(0), rounds);
+    if (needed > most_programs) continue;
+    const int64_t filling = std::min<int64_t>(resident / alone.channel_blocks, most_programs);
+    const Tiling tiling(view, std::max(needed, filling) * alone.channel_blocks, columns);
+    const int64_t blocks = tiling.programs * tiling.channel_blocks, last = blocks % resident;
+    const bool fills = last == 0 || 2 * last >= resident || blocks >= 4 * resident;
+    if (tiling.programs > 1 && fills) return tiling;
+  }
+  return std::nullopt;
 }
 
 // The octets of one thread, from its first or, backwards, from its last: the second stage of a pair

@@ -29,14 +29,11 @@ struct Moments {
 
 // Mean (relative to the origin) and M2 of whole channels from those of the programs: Chan's
 // formula, for all at once. Returns those of the thread's own channel.
-template <int kSize, int kNorms, typename S>
-__device__ Moments<S, kNorms> merge_moments(const Tiling& tiling, const Partials<S>& partials,
+template <int kSize, int kNorms, typename Parts, typename S = typename Parts::Number>
+__device__ Moments<S, kNorms> merge_moments(const Tiling& tiling, const Parts& partials,
                                             const Channels& channels) {
   const int columns = tiling.columns, row = kSize * columns;
   const S per_element = 1 / S(tiling.view.n_outer * tiling.view.n_inner);
-  const auto count = [&](int program) {
-    return partials.counts[program * tiling.channel_blocks + blockIdx.x];
-  };
   Moments<S, kNorms> whole = {};
   Array<S, kSize> mean[kNorms] = {}, m2[kNorms] = {};
   partials.for_each_program(tiling, channels, [&](int program) {
@@ -44,7 +41,7 @@ __device__ Moments<S, kNorms> merge_moments(const Tiling& tiling, const Partials
     for (int k = 0; k < kNorms; ++k) {
       const auto part = partials.template row<kSize>(2 * k, program, tiling, channels);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) mean[k][j] += count(program) * part[j];
+      for (int j = 0; j < kSize; ++j) mean[k][j] += partials.count(program, tiling) * part[j];
     }
   });
   const S* sums = block_sum(mean, columns);
@@ -63,7 +60,7 @@ __device__ Moments<S, kNorms> merge_moments(const Tiling& tiling, const Partials
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
         const S deviation = part_mean[j] - mean[k][j];
-        m2[k][j] += part_m2[j] + count(program) * deviation * deviation;
+        m2[k][j] += part_m2[j] + partials.count(program, tiling) * deviation * deviation;
       }
     }
   });

@@ -1,16 +1,20 @@
-// How an operation of two stages runs as one launch: the tensor is cut into blocks that the GPU
-// holds all at once, and these keep in shared memory what fits of it. Forward then moves 3N + m
-// instead of 4N + m, and backward 4N + m instead of 6N + 2m; of what does not fit, L2 may still
-// have something.
+// How an operation of two stages runs as one launch: its blocks wait for each other, and keep in
+// shared memory what fits of the tensor. Forward then moves 3N + m instead of 4N + m, and backward
+// 4N + m instead of 6N + 2m; of what does not fit, L2 may still have something.
 //
 // Three blocks an SM, as of the other kernels, have 69 KB each on an H100, beside what they
-// declare. In 16 bits that is 17 rounds of one tensor, 26.7 MB in all: the whole of x at (64, 64,
-// 56, 56), and a quarter at (64, 256, 56, 56).
+// declare. In 16 bits that is 17 rounds of one tensor. As one grid, all of it on the GPU at once,
+// they keep 26.7 MB: the whole of x at (64, 64, 56, 56), and a quarter at (64, 256, 56, 56). A
+// cluster of 16 keeps 560 000 elements of its channels, however many clusters there are: a channel
+// of 200 704 channels-first at (64, 256, 56, 56), 32 channels of 12 544 channels-last at (64, 1024,
+// 14, 14).
 
 #pragma once
 
 #include "cooperative.cuh"
 #include "dispatch.cuh"
+#include "kept.cuh"
+#include "room.cuh"
 #include "stages.h"
 
 namespace fusedskip::cuda {
@@ -27,10 +31,35 @@ template <typename Kept, auto kKernel, int kBlocksAnSM>
 std::optional<OnChip> plan_on_chip(const View& view) {
   const Room room = room_for<kKernel, kBlocksAnSM>();
   if (room.blocks == 0) return std::nullopt;
-  const Tiling tiling(view, std::min<int64_t>(room.blocks, 128 * kBlocksAnSM));
+  const int64_t resident = std::min(room.blocks, 128 * kBlocksAnSM);
+  const int rounds = room.shared_bytes / Kept::kBytesARound;
+  if (const auto tiling = cluster_tiling(view, resident, rounds, room.cluster))
+    return OnChip{*tiling, tiling->rounds(0), /*in_clusters=*/true};
+  const Tiling tiling(view, resident);
   if (tiling.programs > 1 && tiling.programs * tiling.channel_blocks > room.blocks)
     return std::nullopt;
-  return OnChip{tiling, std::min(room.shared_bytes / Kept::kBytesARound, tiling.rounds(0))};
+  return OnChip{tiling, std::min(rounds, tiling.rounds(0)), /*in_clusters=*/false};
+}
+
+template <typename Kept, auto kKernel, typename... Args>
+cudaError_t launch_on_chip(const OnChip& plan, cudaStream_t stream, const Args&... args) {
+  const unsigned programs = plan.tiling.programs;
+  cudaLaunchAttribute together{};
+  if (plan.in_clusters) {
+    together.id = cudaLaunchAttributeClusterDimension;
+    together.val.clusterDim = {1, programs, 1};
+  } else {
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = programs > 1;
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(plan.tiling.channel_blocks, programs);
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = plan.rounds * Kept::kBytesARound;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kKernel, plan, args...);
 }
 
 }  // namespace fusedskip::cuda

@@ -26,13 +26,15 @@ cudaError_t apply(const BatchNormForward&, void* workspace, cudaStream_t);
 cudaError_t bwd_reduce(const BatchNormBackward&, void* workspace, cudaStream_t);
 cudaError_t bwd_apply(const BatchNormBackward&, void* workspace, cudaStream_t);
 
-// Both stages in one launch, in which blocks keep `rounds` of what the second needs again.
+// Both stages in one launch, in which blocks keep `rounds` of what the second needs again. The
+// programs of a channel block wait for each other: as a cluster, or else with the whole grid.
 struct OnChip {
   Tiling tiling;
   int rounds;
+  bool in_clusters;
 };
 
-// Nothing where the current device cannot hold all blocks at once.
+// Nothing where the current device cannot hold at once all blocks that wait for each other.
 std::optional<OnChip> plan_on_chip(const BatchNormForward&);
 std::optional<OnChip> plan_on_chip(const BatchNormBackward&);
 cudaError_t forward_on_chip(const BatchNormForward&, const OnChip&, void* workspace, cudaStream_t);

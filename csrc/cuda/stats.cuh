@@ -13,9 +13,10 @@
 namespace fusedskip::cuda {
 
 // Of the tensor of norm number `norm`.
-template <bool kChannelsLast, int kWidth, typename T, typename Kept, typename S = StatisticsOf<T>>
+template <bool kChannelsLast, int kWidth, typename T, typename Parts, typename Kept,
+          typename S = StatisticsOf<T>>
 __device__ void stats_of_program(const Tiling& tiling, const T* tensor, int norm,
-                                 const Partials<S>& partials, Kept kept) {
+                                 const Parts& partials, Kept kept) {
   constexpr int kSize = kLanes<kChannelsLast>;
   constexpr int kUnroll = kInFlight<T, 1>;
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
@@ -77,8 +78,7 @@ __device__ void stats_of_program(const Tiling& tiling, const T* tensor, int norm
   if (threadIdx.x >= tiling.columns || channels.count == 0) return;
   partials.template row<kSize>(2 * norm, blockIdx.y, tiling, channels) = mean;
   partials.template row<kSize>(2 * norm + 1, blockIdx.y, tiling, channels) = m2_of_block;
-  if (threadIdx.x == 0 && norm == 0)
-    partials.counts[blockIdx.y * tiling.channel_blocks + blockIdx.x] = totals[kSize];
+  if (threadIdx.x == 0 && norm == 0) partials.count(blockIdx.y, tiling) = totals[kSize];
 }
 
 }  // namespace fusedskip::cuda

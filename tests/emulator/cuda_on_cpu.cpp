@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <deque>
 #include <map>
+#include <utility>
 #include <vector>
 
 // Of libtsan, where it is loaded: to its eyes a fiber is a thread, and what is not ordered by a
@@ -34,8 +35,9 @@ constexpr size_t kStack = 64 << 10;
 constexpr int kMultiprocessors = 4;
 constexpr int kSharedOfSM = 66 << 10, kSharedOfBlock = 48 << 10, kReserved = 1 << 10;
 constexpr int kDeclared = 1000;  // shared memory of a kernel's own; how much it is, is not known
+constexpr int kCluster = 4, kPortableCluster = 2;
 
-enum class State { kReady, kAtWarp, kAtBlock, kAtGrid, kDone };
+enum class State { kReady, kAtWarp, kAtBlock, kAtCluster, kAtGrid, kDone };
 
 using Place = void* [5];  // of __builtin_setjmp
 
@@ -48,7 +50,8 @@ struct Fiber {
   // By the parity of the exchange: a lane may be one ahead of those that have yet to read.
   uint64_t given[2];
   int exchanges;
-  int waits_for_block, waits_for_grid;
+  int waits_for_block, waits_for_cluster, waits_for_grid;
+  bool arrived;  // at the cluster's barrier
 };
 
 // From the system, so that tsan forgets who had it before.
@@ -83,10 +86,11 @@ struct Block {
 };
 
 Block* block;
+std::vector<Block*> together;  // those that wait for each other, by their number in a cluster
 Fiber* current;
 Place scheduler;
 void* scheduler_to_tsan;
-char grid_barriers[2], end_of_launch;
+char cluster_barriers[2], grid_barriers[2], end_of_launch;
 const std::function<void()>* body;
 
 [[noreturn]] void fail(const char* message) {
@@ -146,15 +150,19 @@ State common_state(int begin, int end) {
   return block->fibers[begin].state;
 }
 
+// What nobody has written in shared memory is NaN, and so is what a block has left behind.
+void forget(Block& b) { std::memset(b.shared.data(), 0xff, kSharedOfBlock); }
+
 void start(Block& b, dim3 index, int shared_bytes) {
   b.index = {index.x, index.y, index.z};
   b.used_of_shared = shared_bytes;
   b.variables.clear();
-  std::memset(b.shared.data(), 0xff, kSharedOfBlock);  // NaN
+  forget(b);
   for (size_t thread = 0; thread < b.fibers.size(); ++thread) {
     Fiber& fiber = b.fibers[thread];
     fiber.state = State::kReady;
-    fiber.exchanges = fiber.waits_for_block = fiber.waits_for_grid = 0;
+    fiber.exchanges = fiber.waits_for_block = fiber.waits_for_cluster = fiber.waits_for_grid = 0;
+    fiber.arrived = false;
     if (fiber.started) continue;
     if (__tsan_create_fiber) fiber.to_tsan = __tsan_create_fiber(0);
     getcontext(&fiber.context);
@@ -165,7 +173,7 @@ void start(Block& b, dim3 index, int shared_bytes) {
   }
 }
 
-// Up to a wait for the grid, or to the end.
+// Up to a wait for other blocks, or to the end.
 State run_on(Block& b) {
   const int threads = int(b.fibers.size());
   block = &b;
@@ -175,10 +183,12 @@ State run_on(Block& b) {
         for (int lane = 0; lane < kWarp; ++lane) resume(warp + lane);
       } while (common_state(warp, warp + kWarp) == State::kAtWarp);
   } while (common_state(0, threads) == State::kAtBlock);
+  if (b.fibers[0].state == State::kDone) forget(b);
   return b.fibers[0].state;
 }
 
-std::map<const void*, int> granted;  // dynamic shared memory, by kernel
+// By kernel: bytes of dynamic shared memory, and blocks of a cluster.
+std::map<const void*, int> granted, granted_cluster;
 
 int blocks_an_sm(int dynamic_bytes) {
   const int unit = 128, bytes = kReserved + kDeclared + dynamic_bytes;
@@ -224,22 +234,40 @@ void launch_in_turn(dim3 grid, int threads, int shared_bytes, const std::functio
 }
 
 // From wait to wait the blocks run the other way round: none is to rely on the one before it.
+void run_together(const std::vector<dim3>& indices, int threads, int shared_bytes, State waits) {
+  std::deque<Block>& blocks = blocks_of(threads, indices.size());
+  together.clear();
+  for (size_t b = 0; b < indices.size(); ++b) {
+    start(blocks[b], indices[b], shared_bytes);
+    together.push_back(&blocks[b]);
+  }
+  std::vector<Block*> turn = together;
+  State state = State::kReady;
+  while (state != State::kDone) {
+    state = run_on(*turn.front());
+    if (state != waits && state != State::kDone)
+      fail("waits for blocks that it did not start with");
+    for (size_t b = 1; b < turn.size(); ++b)
+      if (run_on(*turn[b]) != state) fail("blocks part at a wait for each other");
+    std::reverse(turn.begin(), turn.end());
+  }
+}
+
 void launch_together(dim3 grid, int threads, int shared_bytes,
                      const std::function<void()>& kernel) {
   const Launch launch(kernel);
-  const size_t count = grid.x * grid.y * grid.z;
-  std::deque<Block>& all = blocks_of(threads, count);
-  std::vector<Block*> blocks;
-  for_each_block(grid, [&](dim3 index) {
-    blocks.push_back(&all[blocks.size()]);
-    start(*blocks.back(), index, shared_bytes);
-  });
-  State state = State::kReady;
-  while (state != State::kDone) {
-    state = run_on(*blocks.front());
-    for (size_t b = 1; b < count; ++b)
-      if (run_on(*blocks[b]) != state) fail("blocks part at a wait for the grid");
-    std::reverse(blocks.begin(), blocks.end());
+  std::vector<dim3> indices;
+  for_each_block(grid, [&](dim3 index) { indices.push_back(index); });
+  run_together(indices, threads, shared_bytes, State::kAtGrid);
+}
+
+void launch_clusters(dim3 grid, int threads, int shared_bytes,
+                     const std::function<void()>& kernel) {
+  const Launch launch(kernel);
+  for (unsigned x = 0; x < grid.x; ++x) {
+    std::vector<dim3> indices;
+    for (unsigned y = 0; y < grid.y; ++y) indices.push_back(dim3(x, y));
+    run_together(indices, threads, shared_bytes, State::kAtCluster);
   }
 }
 
@@ -253,11 +281,19 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& call) {
   const int threads = int(config.blockDim.x), shared_bytes = int(config.dynamicSmemBytes);
   if (shared_bytes > granted[kernel]) return cudaErrorInvalidValue;
-  if (!config.attrs[0].val.cooperative) {
-    launch_in_turn(config.gridDim, threads, shared_bytes, call);
+  const dim3& grid = config.gridDim;
+  const cudaLaunchAttribute& attribute = config.attrs[0];
+  if (attribute.id == cudaLaunchAttributeClusterDimension) {
+    const auto& [x, y, z] = attribute.val.clusterDim;
+    if (x != 1 || y != grid.y || z != 1 || y > std::max(kPortableCluster, granted_cluster[kernel]))
+      return cudaErrorInvalidClusterSize;
+    launch_clusters(grid, threads, shared_bytes, call);
     return cudaSuccess;
   }
-  const dim3& grid = config.gridDim;
+  if (!attribute.val.cooperative) {
+    launch_in_turn(grid, threads, shared_bytes, call);
+    return cudaSuccess;
+  }
   // As if another process had a part of the GPU: tests set it.
   if (std::getenv("EMULATED_GPU_IS_SHARED")) return cudaErrorCooperativeLaunchTooLarge;
   if (int(grid.x * grid.y * grid.z) > kMultiprocessors * blocks_an_sm(shared_bytes))
@@ -269,6 +305,21 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
 void sync_threads() { meet(State::kAtBlock, block->barriers[current->waits_for_block++ % 2]); }
 
 void sync_grid() { meet(State::kAtGrid, grid_barriers[current->waits_for_grid++ % 2]); }
+
+void arrive_at_cluster() {
+  if (std::exchange(current->arrived, true)) fail("arrives twice at the cluster's barrier");
+  if (__tsan_release) __tsan_release(&cluster_barriers[current->waits_for_cluster % 2]);
+}
+
+void wait_for_cluster() {
+  if (!std::exchange(current->arrived, false)) fail("waits where it has not arrived");
+  wait(State::kAtCluster);
+  if (__tsan_acquire) __tsan_acquire(&cluster_barriers[current->waits_for_cluster++ % 2]);
+}
+
+void* shared_of(void* own, int rank) {
+  return together.at(rank)->shared.data() + (static_cast<char*>(own) - block->shared.data());
+}
 
 uint4* dynamic_shared() { return reinterpret_cast<uint4*>(block->shared.data()); }
 
@@ -312,6 +363,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrReservedSharedMemoryPerBlock:
       return *value = kReserved, cudaSuccess;
     case cudaDevAttrCooperativeLaunch:
+    case cudaDevAttrClusterLaunch:
       return *value = 1, cudaSuccess;
     default:
       return cudaErrorInvalidValue;
@@ -328,12 +380,22 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
     if (value + emulator::kDeclared > emulator::kSharedOfBlock) return cudaErrorInvalidValue;
     emulator::granted[kernel] = value;
   }
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed)
+    emulator::granted_cluster[kernel] = emulator::kCluster;
   return cudaSuccess;
 }
 
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int,
                                                           size_t shared_bytes) {
   *blocks = emulator::blocks_an_sm(int(shared_bytes));
+  return cudaSuccess;
+}
+
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void* kernel,
+                                                 const cudaLaunchConfig_t* config) {
+  using namespace emulator;
+  if (int(config->dynamicSmemBytes) > granted[kernel]) return cudaErrorInvalidValue;
+  *size = std::max(kPortableCluster, granted_cluster[kernel]);
   return cudaSuccess;
 }
 

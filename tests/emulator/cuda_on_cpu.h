@@ -1,8 +1,8 @@
 // What the kernels of csrc/cuda use of CUDA C++, for a host compiler: included ahead of every file.
 //
 // A block's threads are fibers, which run one after the other from one barrier to the next. Blocks
-// follow one another, from the first to the last; launched together they take turns, from one wait
-// for the grid to the next.
+// follow one another, from the first to the last; those that wait for each other, of a cluster or
+// of the whole grid, take turns, from one such wait to the next.
 
 #pragma once
 
@@ -39,6 +39,10 @@ cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel,
                    const std::function<void()>& call);
 void sync_threads();
 void sync_grid();
+void arrive_at_cluster();
+void wait_for_cluster();
+// Where block `rank` of the cluster has what this one has at `own`.
+void* shared_of(void* own, int rank);
 // The block's own.
 uint4* dynamic_shared();
 void* shared_variable(const void* name, int size);

@@ -17,6 +17,12 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* k
       blocks, reinterpret_cast<const void*>(kernel), threads, shared_bytes);
 }
 
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, Kernel* kernel,
+                                                 const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxPotentialClusterSize(size, reinterpret_cast<const void*>(kernel), config);
+}
+
 template <typename... Parameters, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Args&... args) {
