@@ -95,14 +95,18 @@ def test_refused_by_the_driver(device, function, monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_like_two_launches(device, function, layout):
-    """Bit for bit where the tensor is cut alike: for one norm, by a GPU that holds 384 blocks."""
+    """Bit for bit where the tensor is cut alike: for one norm, by a GPU that holds 384 blocks.
+
+    Clusters, which 7x7 fits in, cut their own way.
+    """
     for shape, dtype in itertools.product(FILLING, (torch.float32, torch.bfloat16)):
         problem = make_problem(function, shape, dtype, layout, device)
         one_launch = run(problem)
         with backends.on_chip(False):
             two_launches = run(problem)
         many = torch.cuda.get_device_properties(0).multi_processor_count >= 128
-        if layout == "channels_last" and many and not problem.is_dual:
+        cut_alike = layout == "channels_last" and shape[-1] > 7 and many and not problem.is_dual
+        if cut_alike:
             assert all(torch.equal(one_launch[name], two_launches[name]) for name in one_launch)
         assert_as_good_as_eager(problem)
 

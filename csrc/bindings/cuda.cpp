@@ -28,16 +28,16 @@ class Cuda {
     check(cuda::add_relu_backward(dtype, numel, dout, mask, dx, stream_));
   }
   void batch_norm(const BatchNormForward& args) const {
-    const Tensor workspace = empty_workspace(cuda::workspace_size(args));
-    check(cuda::batch_norm(args, workspace.data_ptr(), stream_));
+    Tensor workspace;
+    check(cuda::batch_norm(args, allocate(workspace), stream_));
   }
   void batch_norm_backward(const BatchNormBackward& args) const {
-    const Tensor workspace = empty_workspace(cuda::workspace_size(args));
-    check(cuda::batch_norm_backward(args, workspace.data_ptr(), stream_));
+    Tensor workspace;
+    check(cuda::batch_norm_backward(args, allocate(workspace), stream_));
   }
   void batch_norm_stats(const BatchNormStats& args) const {
-    const Tensor workspace = empty_workspace(cuda::workspace_size(args));
-    check(cuda::batch_norm_stats(args, workspace.data_ptr(), stream_));
+    Tensor workspace;
+    check(cuda::batch_norm_stats(args, allocate(workspace), stream_));
   }
   void batch_norm_merge(const BatchNormMerge& args) const {
     check(cuda::batch_norm_merge(args, stream_));
@@ -50,8 +50,12 @@ class Cuda {
   }
 
   // From torch's allocator, which knows of streams and of graph capture.
-  Tensor empty_workspace(int64_t size) const {
-    return empty_vector(x_, size, raw_statistics_dtype(x_));
+  cuda::Allocate allocate(Tensor& workspace) const {
+    return [this, &workspace](int64_t numbers) -> void* {
+      if (numbers == 0) return nullptr;
+      workspace = empty_vector(x_, numbers, raw_statistics_dtype(x_));
+      return workspace.data_ptr();
+    };
   }
 
   static void check(cudaError_t error) {

@@ -5,6 +5,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <functional>
+
 #include "../args.h"
 
 namespace fusedskip::cuda {
@@ -14,15 +16,13 @@ namespace fusedskip::cuda {
 // what held before.
 bool allow_on_chip(bool);
 
-// The numbers, in statistics precision, that an operation needs for partial results; where it is 0,
-// workspace may be null.
-int64_t workspace_size(const BatchNormForward&);
-int64_t workspace_size(const BatchNormBackward&);
-int64_t workspace_size(const BatchNormStats&);
+// Gives an operation memory for partial results, of so many numbers in statistics precision, until
+// what it has launched is done; or until the next call, if it asks again.
+using Allocate = std::function<void*(int64_t numbers)>;
 
-cudaError_t batch_norm(const BatchNormForward&, void* workspace, cudaStream_t stream);
-cudaError_t batch_norm_backward(const BatchNormBackward&, void* workspace, cudaStream_t stream);
-cudaError_t batch_norm_stats(const BatchNormStats&, void* workspace, cudaStream_t stream);
+cudaError_t batch_norm(const BatchNormForward&, const Allocate&, cudaStream_t stream);
+cudaError_t batch_norm_backward(const BatchNormBackward&, const Allocate&, cudaStream_t stream);
+cudaError_t batch_norm_stats(const BatchNormStats&, const Allocate&, cudaStream_t stream);
 cudaError_t batch_norm_merge(const BatchNormMerge&, cudaStream_t stream);
 
 // out = relu(x + residual), or relu(x) + residual, over `numel` elements in memory order, and the

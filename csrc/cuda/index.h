@@ -191,13 +191,15 @@ constexpr std::optional<Tiling> cluster_tiling(const View& view, int64_t residen
   if (rounds == 0) return std::nullopt;
   for (int columns = kMaxColumns; columns >= (view.n_inner == 1 ? 2 : kMaxColumns); columns /= 2) {
     const Tiling alone(view, 1, columns);
-    const int64_t needed = ceil_div(alone.rounds(0), rounds);
-    if (needed > most_programs) continue;
-    const int64_t filling = std::min<int64_t>(resident / alone.channel_blocks, most_programs);
-    const Tiling tiling(view, std::max(needed, filling) * alone.channel_blocks, columns);
-    const int64_t blocks = tiling.programs * tiling.channel_blocks, last = blocks % resident;
-    const bool fills = last == 0 || 2 * last >= resident || blocks >= 4 * resident;
-    if (tiling.programs > 1 && fills) return tiling;
+    const int64_t tiles = alone.rounds(0), most = std::min<int64_t>(most_programs, tiles);
+    const int64_t filling = std::min(resident / alone.channel_blocks, most);
+    for (int64_t n = std::max(ceil_div(tiles, rounds), filling); n <= most; ++n) {
+      const int64_t programs =
+          ceil_div(tiles, ceil_div(tiles, n));  // within one round of each other
+      const int64_t blocks = programs * alone.channel_blocks, last = blocks % resident;
+      const bool fills = last == 0 || 2 * last >= resident || blocks >= 4 * resident;
+      if (programs > 1 && fills) return Tiling(view, blocks, columns);
+    }
   }
   return std::nullopt;
 }

@@ -32,6 +32,9 @@ struct OnChip {
   Tiling tiling;
   int rounds;
   bool in_clusters;
+
+  // Clusters have theirs in shared memory.
+  int64_t workspace_size(int norms) const { return in_clusters ? 0 : tiling.workspace_size(norms); }
 };
 
 // Nothing where the current device cannot hold at once all blocks that wait for each other.
