@@ -19,14 +19,20 @@ class AddReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, relu_first: bool, backend: str) -> Tensor:
         x = dense(x)
-        out, mask = KERNELS[backend].add_relu(x, laid_out_like(residual, x), relu_first, True)
-        ctx.save_for_backward(mask)
+        # A residual that is added behind the ReLU has the gradient of the sum.
+        passes_relu = ctx.needs_input_grad[0] or not relu_first
+        out, mask = KERNELS[backend].add_relu(
+            x, laid_out_like(residual, x), relu_first, passes_relu
+        )
+        ctx.save_for_backward(mask if passes_relu else None)
         ctx.strides, ctx.relu_first, ctx.backend = out.stride(), relu_first, backend
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
         (mask,) = ctx.saved_tensors
+        if mask is None:
+            return None, dout, None, None
         dense_dout = strided(dout, ctx.strides)
         if _is_differentiated():
             with torch.no_grad():

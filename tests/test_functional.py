@@ -175,6 +175,19 @@ def test_what_is_kept_for_backward(backend, device, function):
     assert sum(t.nbytes for t in masks) == (problem.x.numel() // 8 if has_mask else 0)
 
 
+def test_a_residual_behind_the_relu_alone(backend, device):
+    """Its gradient is that of the sum: nothing is kept, and nothing computed."""
+    problem = make_problem("relu_add", (4, 16, 6, 8), torch.float32, "channels_last", device)
+    leaves = problem.leaves()
+    leaves["x"].requires_grad_(False)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = call(problem, **leaves)
+    assert kept == []
+    (gradient,) = torch.autograd.grad(out, leaves["residual"], problem.dout)
+    assert gradient.data_ptr() == problem.dout.data_ptr()
+
+
 def test_same_layout_out_as_in(backend, device):
     for shape in ((3, 4, 5), (3, 4, 5, 6), (3, 4, 5, 6, 7)):
         for layout in LAYOUTS:
