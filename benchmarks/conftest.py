@@ -1,6 +1,7 @@
 """What the benchmarks share: the environment, interleaved rounds, and the summary at the end."""
 
 import contextlib
+import operator
 import os
 import statistics
 import time
@@ -110,7 +111,9 @@ def measure(benchmark, request):
     A round is copy, eager, copy, run: the machine's mood meets all of them, and both runners find
     the caches as a copy left them; `before` is called ahead of each. pytest-benchmark times `run`,
     as many rounds as its `--benchmark-max-time` allows. `describe(seconds, eager_seconds,
-    copy_seconds)` makes the `extra_info` from the medians.
+    copy_seconds)` makes the `extra_info`: from the median of `run`, and for its rivals from that
+    times the median of their ratios to `run` round by round, since from one round to the next a
+    machine may change its clock.
     """
 
     def measure(
@@ -130,8 +133,9 @@ def measure(benchmark, request):
             return CLOCK() - start
 
         def time_rivals() -> None:
-            for rival in (copy, eager, copy):
-                rivals[rival].append(seconds(rival))
+            first_copy = seconds(copy)
+            rivals[eager].append(seconds(eager))
+            rivals[copy].append((first_copy + seconds(copy)) / 2)
             before()
 
         seconds(run)  # compiles
@@ -144,8 +148,12 @@ def measure(benchmark, request):
             rounds = max(least_rounds, min(1000, int(budget / (time.perf_counter() - start))))
             benchmark.pedantic(run, setup=time_rivals, rounds=rounds)
         if benchmark.enabled:
-            medians = (statistics.median(rivals[rival]) for rival in (eager, copy))
-            benchmark.extra_info |= describe(benchmark.stats.stats.median, *medians)
+            times, median = benchmark.stats.stats.data, benchmark.stats.stats.median
+            ratios = (
+                statistics.median(map(operator.truediv, rivals[rival][-rounds:], times))
+                for rival in (eager, copy)
+            )
+            benchmark.extra_info |= describe(median, *(median * ratio for ratio in ratios))
             request.config.stash[RESULTS].append(benchmark.extra_info)
 
     return measure
