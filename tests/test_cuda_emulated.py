@@ -56,7 +56,7 @@ def test_no_races(tmp_path):
         cwd=ROOT,
         env=os.environ
         | {
-            "EMULATED_EXTENSION": str(build(tmp_path, races=True)),
+            "EMULATED_EXTENSION": str(build(tmp_path, "thread")),
             "LD_PRELOAD": str(libtsan.resolve()),
             "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
             "OMP_NUM_THREADS": "1",

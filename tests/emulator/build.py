@@ -1,6 +1,6 @@
 """Compile csrc/cuda for the CPU into an extension like `fusedskip._C`.
 
-python -m tests.emulator.build FOLDER [races]
+python -m tests.emulator.build FOLDER [address|thread]
 """
 
 import os
@@ -49,8 +49,8 @@ def translated(source):
     return re.sub(HINT, "", source)
 
 
-def build(folder, races=False):
-    """Return the extension, compiled in `folder`; with `races`, to run under libtsan."""
+def build(folder, sanitizer=None):
+    """Return the extension, compiled in `folder`, its kernels instrumented for a sanitizer."""
     sources = []
     headers = [*CSRC.glob("*.h"), *CSRC.glob("*/*.h"), *CSRC.glob("cuda/*.cuh")]
     for path in (*headers, *CSRC.glob("cuda/*.cu"), CSRC / "bindings" / "cpu.cpp"):
@@ -69,7 +69,8 @@ def build(folder, races=False):
 
     def compiled(source):
         target = source.with_suffix(source.suffix + ".o")
-        instrument = ["-fsanitize=thread", "-g1"] if races and source.suffix == ".cu" else []
+        is_instrumented = sanitizer and source.suffix == ".cu"
+        instrument = [f"-fsanitize={sanitizer}", "-g1"] if is_instrumented else []
         subprocess.run(["c++", *flags, *instrument, "-c", source, "-o", target], check=True)
         return target
 
@@ -79,10 +80,10 @@ def build(folder, races=False):
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     # Its own CUDA runtime comes before one that torch has loaded.
     libraries += ["-ltorch", "-ltorch_cpu", "-lc10", "-Wl,-Bsymbolic"]
-    libraries += ["-ltsan"] if races else []
+    libraries += [f"-l{sanitizer[0]}san"] if sanitizer else []
     subprocess.run(["c++", "-shared", *objects, *libraries, "-o", extension], check=True)
     return extension
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1]), races="races" in sys.argv[2:]))
+    print(build(Path(sys.argv[1]), *sys.argv[2:]))
