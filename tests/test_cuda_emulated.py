@@ -29,7 +29,20 @@ pytestmark = [
 ]
 
 
+def library(name):
+    """Path of a library of the C++ compiler's, or None."""
+    command = ["c++", f"-print-file-name={name}"]
+    path = Path(subprocess.check_output(command, text=True).strip())
+    return path if path.is_absolute() else None
+
+
 def test_kernels_on_the_cpu(tmp_path):
+    """Where the compiler has it, under AddressSanitizer: no access is beyond a tensor."""
+    libasan, environment = library("libasan.so"), {}
+    if libasan:
+        environment["LD_PRELOAD"] = f"{libasan} {library('libstdc++.so')}"
+        environment["ASAN_OPTIONS"] = "detect_leaks=0"  # those of Python
+    extension = build(tmp_path, "address" if libasan else None)
     pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [
@@ -38,7 +51,7 @@ def test_kernels_on_the_cpu(tmp_path):
             *(f"tests/{name}" for name in TESTS),
         ],
         cwd=ROOT,
-        env=os.environ | {"EMULATED_EXTENSION": str(build(tmp_path))},
+        env=os.environ | environment | {"EMULATED_EXTENSION": str(extension)},
         capture_output=True,
         text=True,
     )
@@ -47,17 +60,14 @@ def test_kernels_on_the_cpu(tmp_path):
 
 def test_no_races(tmp_path):
     """What no barrier orders, in a block or between blocks, ThreadSanitizer reports."""
-    command = ["c++", "-print-file-name=libtsan.so"]
-    libtsan = Path(subprocess.check_output(command, text=True).strip())
-    if not libtsan.is_absolute():
-        pytest.skip("needs libtsan, which comes with gcc")
+    libtsan = library("libtsan.so") or pytest.skip("needs libtsan, which comes with gcc")
     done = subprocess.run(
         [sys.executable, "-m", "tests.sanitize"],
         cwd=ROOT,
         env=os.environ
         | {
             "EMULATED_EXTENSION": str(build(tmp_path, "thread")),
-            "LD_PRELOAD": str(libtsan.resolve()),
+            "LD_PRELOAD": str(libtsan),
             "TSAN_OPTIONS": "ignore_noninstrumented_modules=1 exitcode=66",
             "OMP_NUM_THREADS": "1",
         },

@@ -32,11 +32,12 @@ void add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x, const 
 void add_relu_backward(Dtype dtype, int64_t numel, const void* dout, const uint8_t* mask,
                        void* dx) {
   for_each_tile(numel, dtype, [&](const Tile& tile) {
-    kernels(dtype).bwd_apply({.runs = tile.runs,
-                              .dout = advance(dout, tile.offset, dtype),
-                              .mask = mask + tile.mask_offset,
-                              .dresidual = advance(dx, tile.offset, dtype),
-                              .gate = Gate::kMask});
+    kernels(dtype).bwd_apply({{.runs = tile.runs,
+                               .dout = advance(dout, tile.offset, dtype),
+                               .mask = mask + tile.mask_offset,
+                               .gate = Gate::kMask},
+                              /*dx=*/nullptr,
+                              /*dresidual=*/advance(dx, tile.offset, dtype)});
   });
 }
 

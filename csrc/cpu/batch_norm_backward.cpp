@@ -69,20 +69,22 @@ void backward(const BatchNormBackward& args) {
     residual_norm.emplace(args, args.residual_norm, args.residual_dweight, args.residual_dbias);
   const Gate gate = !args.relu ? Gate::kNone : args.mask ? Gate::kMask : Gate::kRecompute;
 
+  const auto bwd_tile = [&](const Tile& tile, int64_t c) -> BwdTile {
+    return {.runs = tile.runs,
+            .dout = advance(args.dout, tile.offset, args.dtype),
+            .x = advance(args.x, tile.offset, args.dtype),
+            .residual = advance(args.residual, tile.offset, args.dtype),
+            .mask = advance_mask(args.mask, tile.mask_offset),
+            .affine = norm.affine(c),
+            .residual_affine = dual ? residual_norm->affine(c) : Affine{},
+            .gate = gate};
+  };
+
   const auto bwd_reduce = [&](int64_t group, int64_t index) {
-    const Tile tile = tiling.tile(group, index);
-    const int64_t c = tiling.first_channel(group);
     kernels(args.dtype)
-        .bwd_reduce({.runs = tile.runs,
-                     .dout = advance(args.dout, tile.offset, args.dtype),
-                     .x = advance(args.x, tile.offset, args.dtype),
-                     .residual = advance(args.residual, tile.offset, args.dtype),
-                     .mask = advance_mask(args.mask, tile.mask_offset),
-                     .affine = norm.affine(c),
-                     .residual_affine = dual ? residual_norm->affine(c) : Affine{},
-                     .gate = gate,
-                     .sums = {partials.of_tile(0, group, index), partials.of_tile(1, group, index),
-                              dual ? partials.of_tile(2, group, index) : nullptr}});
+        .bwd_reduce({bwd_tile(tiling.tile(group, index), tiling.first_channel(group)),
+                     {partials.of_tile(0, group, index), partials.of_tile(1, group, index),
+                      dual ? partials.of_tile(2, group, index) : nullptr}});
   };
 
   const auto finish = [&](int64_t begin, int64_t end) {
@@ -102,18 +104,10 @@ void backward(const BatchNormBackward& args) {
   const auto bwd_apply = [&](int64_t group, int64_t index) {
     if (!needs_apply) return;
     const Tile tile = tiling.tile(group, index);
-    const int64_t c = tiling.first_channel(group);
     kernels(args.dtype)
-        .bwd_apply({.runs = tile.runs,
-                    .dout = advance(args.dout, tile.offset, args.dtype),
-                    .x = advance(args.x, tile.offset, args.dtype),
-                    .residual = advance(args.residual, tile.offset, args.dtype),
-                    .mask = advance_mask(args.mask, tile.mask_offset),
-                    .dx = advance(args.dx, tile.offset, args.dtype),
-                    .dresidual = advance(args.dresidual, tile.offset, args.dtype),
-                    .affine = norm.affine(c),
-                    .residual_affine = dual ? residual_norm->affine(c) : Affine{},
-                    .gate = gate});
+        .bwd_apply({bwd_tile(tile, tiling.first_channel(group)),
+                    advance(args.dx, tile.offset, args.dtype),
+                    advance(args.dresidual, tile.offset, args.dtype)});
   };
 
   two_stages(tiling, reduces, bwd_reduce, finish, bwd_apply);

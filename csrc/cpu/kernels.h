@@ -58,7 +58,8 @@ struct ApplyTile {
   Relu relu;
 };
 
-struct BwdReduceTile {
+// What both backward stages read.
+struct BwdTile {
   Runs runs;
   const void* dout;
   const void* x;
@@ -67,20 +68,15 @@ struct BwdReduceTile {
   Affine affine;
   Affine residual_affine;
   Gate gate;
+};
+
+struct BwdReduceTile : BwdTile {
   double* sums[3];  // Σg, Σg·(x - mean) and, with a residual, likewise its own, per channel
 };
 
-struct BwdApplyTile {
-  Runs runs;
-  const void* dout;
-  const void* x;
-  const void* residual;  // null but where it has a norm of its own
-  const uint8_t* mask;
+struct BwdApplyTile : BwdTile {
   void* dx;         // or null
   void* dresidual;  // or null
-  Affine affine;
-  Affine residual_affine;
-  Gate gate;
 };
 
 struct Kernels {

@@ -13,9 +13,9 @@ namespace fusedskip::cuda {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 using cooperative_groups::this_cluster;
 #else
-// Clusters begin with sm_90; for less, no plan has them.
+// Clusters begin with sm_90; code for less is not launched as clusters.
 struct NoCluster {
-  __device__ void sync() const {}
+  __device__ void sync() const { __trap(); }
   __device__ void barrier_arrive() const {}
   __device__ void barrier_wait() const {}
   template <typename T>

@@ -76,6 +76,11 @@ struct Channels {
   int count;  // may be 0
 };
 
+// So many programs or a few less, that tiles are dealt to within one round of each other.
+constexpr int64_t even_programs(int64_t tiles, int64_t most) {
+  return ceil_div(tiles, ceil_div(tiles, most));
+}
+
 // How a tensor is cut up, from its shape alone.
 struct Tiling {
   View view;
@@ -104,7 +109,7 @@ struct Tiling {
     const int64_t most = std::max<int64_t>(1, blocks / channel_blocks);
     const int64_t positions = v.n_outer * (channels_last ? 1 : octets);
     const int64_t tiles = ceil_div(positions, depth());
-    programs = int(ceil_div(tiles, ceil_div(tiles, most)));  // within one round of each other
+    programs = int(even_programs(tiles, most));
     const int64_t step = first_position(programs);
     whole_rounds = int(positions / step);
     rest = positions % step;
@@ -194,8 +199,7 @@ constexpr std::optional<Tiling> cluster_tiling(const View& view, int64_t residen
     const int64_t tiles = alone.rounds(0), most = std::min<int64_t>(most_programs, tiles);
     const int64_t filling = std::min(resident / alone.channel_blocks, most);
     for (int64_t n = std::max(ceil_div(tiles, rounds), filling); n <= most; ++n) {
-      const int64_t programs =
-          ceil_div(tiles, ceil_div(tiles, n));  // within one round of each other
+      const int64_t programs = even_programs(tiles, n);
       const int64_t blocks = programs * alone.channel_blocks, last = blocks % resident;
       const bool fills = last == 0 || 2 * last >= resident || blocks >= 4 * resident;
       if (programs > 1 && fills) return Tiling(view, blocks, columns);

@@ -55,6 +55,7 @@ Room find_room(int device) {
   int cluster = 1;
   const bool has_clusters =
       attribute(cudaDevAttrClusterLaunch) &&
+      kernel.ptxVersion >= 90 &&  // compiled for less, it cannot wait for its cluster
       succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) &&
       succeeds(cudaOccupancyMaxPotentialClusterSize(&cluster, kKernel, &config));
   return {blocks_an_sm * attribute(cudaDevAttrMultiProcessorCount), shared_bytes,

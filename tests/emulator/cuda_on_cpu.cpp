@@ -372,6 +372,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->sharedSizeBytes = emulator::kDeclared;
+  attributes->ptxVersion = 90;
   return cudaSuccess;
 }
 
