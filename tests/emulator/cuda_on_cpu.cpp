@@ -71,7 +71,8 @@ class Memory {
 };
 
 struct Block {
-  explicit Block(int threads) : fibers(threads), stacks(threads * kStack), shared(kSharedOfBlock) {}
+  explicit Block(int threads)
+      : fibers(threads), stacks(threads * kStack), shared(kSharedOfBlock), barriers(4) {}
   ~Block() {
     if (__tsan_destroy_fiber)
       for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.to_tsan);
@@ -80,9 +81,9 @@ struct Block {
   uint3 index;
   std::vector<Fiber> fibers;
   Memory stacks, shared;
+  Memory barriers;  // to tsan: two of the block, and of the first in a cluster two of that
   int used_of_shared;
   std::vector<std::pair<const void*, void*>> variables;  // by name
-  char barriers[2];
 };
 
 Block* block;
@@ -90,7 +91,7 @@ std::vector<Block*> together;  // those that wait for each other, by their numbe
 Fiber* current;
 Place scheduler;
 void* scheduler_to_tsan;
-char cluster_barriers[2], grid_barriers[2], end_of_launch;
+char grid_barriers[2], end_of_launch;
 const std::function<void()>* body;
 
 [[noreturn]] void fail(const char* message) {
@@ -302,19 +303,26 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   return cudaSuccess;
 }
 
-void sync_threads() { meet(State::kAtBlock, block->barriers[current->waits_for_block++ % 2]); }
+void sync_threads() {
+  meet(State::kAtBlock, block->barriers.data()[current->waits_for_block++ % 2]);
+}
 
 void sync_grid() { meet(State::kAtGrid, grid_barriers[current->waits_for_grid++ % 2]); }
 
+static char* cluster_barrier() {
+  return together.front()->barriers.data() + 2 + current->waits_for_cluster % 2;
+}
+
 void arrive_at_cluster() {
   if (std::exchange(current->arrived, true)) fail("arrives twice at the cluster's barrier");
-  if (__tsan_release) __tsan_release(&cluster_barriers[current->waits_for_cluster % 2]);
+  if (__tsan_release) __tsan_release(cluster_barrier());
 }
 
 void wait_for_cluster() {
   if (!std::exchange(current->arrived, false)) fail("waits where it has not arrived");
   wait(State::kAtCluster);
-  if (__tsan_acquire) __tsan_acquire(&cluster_barriers[current->waits_for_cluster++ % 2]);
+  if (__tsan_acquire) __tsan_acquire(cluster_barrier());
+  ++current->waits_for_cluster;
 }
 
 void* shared_of(void* own, int rank) {
