@@ -81,10 +81,11 @@ def test_one_launch_each_way(device, function, layout):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot be told to refuse")
+@pytest.mark.parametrize("shape", [(7, 64, 16, 24), (7, 128, 4, 24)], ids=["grid", "clusters"])
 @pytest.mark.parametrize("function", NORMS)
-def test_refused_by_the_driver(device, function, monkeypatch):
+def test_refused_by_the_driver(device, function, shape, monkeypatch):
     """Two launches stand in, where blocks would have had to wait for each other."""
-    problem = make_problem(function, (7, 64, 16, 24), torch.bfloat16, "channels_last", device)
+    problem = make_problem(function, shape, torch.bfloat16, "channels_last", device)
     monkeypatch.setenv("EMULATED_GPU_IS_SHARED", "1")
     assert_as_good_as_eager(problem)
     run(problem)

@@ -43,14 +43,14 @@ std::optional<OnChip> plan_on_chip(const BatchNormBackward& args) {
   return plan;
 }
 
-cudaError_t backward_on_chip(const BatchNormBackward& args, const OnChip& plan, void* workspace,
-                             cudaStream_t stream) {
+cudaError_t launch_on_chip(const BatchNormBackward& args, const OnChip& plan, void* workspace,
+                           cudaStream_t stream) {
   return dispatch(args, [&](auto instance, auto kind) {
     using I = decltype(instance);
     using T = typename I::T;
     if constexpr (kHasOnChip<I>) {
-      return launch_on_chip<Kept<T, kind>,
-                            batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
+      return launch_kernel_on_chip<
+          Kept<T, kind>, batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
           plan, stream, args, Partials<StatisticsOf<T>>(workspace, plan.tiling, kNorms<kind>));
     }
     return cudaErrorInvalidValue;

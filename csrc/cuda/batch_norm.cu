@@ -12,16 +12,21 @@ namespace {
 
 std::atomic<bool> on_chip_allowed = false;
 
+// What one launch of both stages has come to. Nothing where two are to be made: where one is not
+// allowed, or the device has no room for it, or the driver finds that it has none after all, as
+// where processes share a GPU.
 template <typename Args>
-std::optional<OnChip> on_chip(const Args& args) {
-  return on_chip_allowed ? plan_on_chip(args) : std::nullopt;
-}
-
-// Whether the driver did not have the room after all, as where processes share a GPU.
-bool refused(cudaError_t error) {
-  if (error != cudaErrorCooperativeLaunchTooLarge) return false;
+std::optional<cudaError_t> one_launch(const Args& args, const Allocate& allocate,
+                                      cudaStream_t stream) {
+  if (!on_chip_allowed) return std::nullopt;
+  const auto plan = plan_on_chip(args);
+  if (!plan) return std::nullopt;
+  void* workspace = allocate(plan->workspace_size(norm_count(args)));
+  const cudaError_t error = launch_on_chip(args, *plan, workspace, stream);
+  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorInvalidClusterSize)
+    return error;
   cudaGetLastError();  // or the next launch would report it
-  return true;
+  return std::nullopt;
 }
 
 }  // namespace
@@ -31,12 +36,8 @@ bool allow_on_chip(bool allowed) { return on_chip_allowed.exchange(allowed); }
 cudaError_t batch_norm(const BatchNormForward& args, const Allocate& allocate,
                        cudaStream_t stream) {
   if (!args.training) return apply(args, nullptr, stream);
+  if (const auto done = one_launch(args, allocate, stream)) return *done;
   const int norms = norm_count(args);
-  if (const auto plan = on_chip(args)) {
-    void* workspace = allocate(plan->workspace_size(norms));
-    const cudaError_t error = forward_on_chip(args, *plan, workspace, stream);
-    if (!refused(error)) return error;
-  }
   void* workspace = allocate(stats_tiling(args.view, norms).workspace_size(norms));
   const void* normalised_residual = args.residual_norm.present() ? args.residual : nullptr;
   const cudaError_t error =
@@ -48,12 +49,8 @@ cudaError_t batch_norm_backward(const BatchNormBackward& args, const Allocate& a
                                 cudaStream_t stream) {
   if (!args.reduces())
     return args.dx || args.dresidual ? bwd_apply(args, nullptr, stream) : cudaSuccess;
+  if (const auto done = one_launch(args, allocate, stream)) return *done;
   const int norms = norm_count(args);
-  if (const auto plan = on_chip(args)) {
-    void* workspace = allocate(plan->workspace_size(norms));
-    const cudaError_t error = backward_on_chip(args, *plan, workspace, stream);
-    if (!refused(error)) return error;
-  }
   void* workspace = allocate(stage_tiling(args.view, norms).workspace_size(norms));
   const cudaError_t error = bwd_reduce(args, workspace, stream);
   return error != cudaSuccess ? error : bwd_apply(args, workspace, stream);

@@ -43,16 +43,16 @@ std::optional<OnChip> plan_on_chip(const BatchNormForward& args) {
   return plan;
 }
 
-cudaError_t forward_on_chip(const BatchNormForward& args, const OnChip& plan, void* workspace,
-                            cudaStream_t stream) {
+cudaError_t launch_on_chip(const BatchNormForward& args, const OnChip& plan, void* workspace,
+                           cudaStream_t stream) {
   return dispatch(args, [&](auto instance, auto norms) {
     using I = decltype(instance);
     using T = typename I::T;
     if constexpr (kHasOnChip<I>) {
       OnChip with_pitch = plan;
       with_pitch.tiling = plan.tiling.with_pitch(args.out_pitch);
-      return launch_on_chip<Kept<T, norms>,
-                            batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
+      return launch_kernel_on_chip<
+          Kept<T, norms>, batch_norm_on_chip_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
           with_pitch, stream, args, Partials<StatisticsOf<T>>(workspace, plan.tiling, norms));
     }
     return cudaErrorInvalidValue;

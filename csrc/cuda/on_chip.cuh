@@ -42,7 +42,7 @@ std::optional<OnChip> plan_on_chip(const View& view) {
 }
 
 template <typename Kept, auto kKernel, typename... Args>
-cudaError_t launch_on_chip(const OnChip& plan, cudaStream_t stream, const Args&... args) {
+cudaError_t launch_kernel_on_chip(const OnChip& plan, cudaStream_t stream, const Args&... args) {
   const unsigned programs = plan.tiling.programs;
   cudaLaunchAttribute together{};
   if (plan.in_clusters) {

@@ -40,8 +40,7 @@ struct OnChip {
 // Nothing where the current device cannot hold at once all blocks that wait for each other.
 std::optional<OnChip> plan_on_chip(const BatchNormForward&);
 std::optional<OnChip> plan_on_chip(const BatchNormBackward&);
-cudaError_t forward_on_chip(const BatchNormForward&, const OnChip&, void* workspace, cudaStream_t);
-cudaError_t backward_on_chip(const BatchNormBackward&, const OnChip&, void* workspace,
-                             cudaStream_t);
+cudaError_t launch_on_chip(const BatchNormForward&, const OnChip&, void* workspace, cudaStream_t);
+cudaError_t launch_on_chip(const BatchNormBackward&, const OnChip&, void* workspace, cudaStream_t);
 
 }  // namespace fusedskip::cuda

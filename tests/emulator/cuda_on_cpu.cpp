@@ -284,10 +284,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   if (shared_bytes > granted[kernel]) return cudaErrorInvalidValue;
   const dim3& grid = config.gridDim;
   const cudaLaunchAttribute& attribute = config.attrs[0];
+  const bool is_shared = std::getenv("EMULATED_GPU_IS_SHARED");  // as if another process had a part
   if (attribute.id == cudaLaunchAttributeClusterDimension) {
     const auto& [x, y, z] = attribute.val.clusterDim;
-    if (x != 1 || y != grid.y || z != 1 || y > std::max(kPortableCluster, granted_cluster[kernel]))
-      return cudaErrorInvalidClusterSize;
+    const unsigned most = is_shared ? 1 : std::max(kPortableCluster, granted_cluster[kernel]);
+    if (x != 1 || y != grid.y || z != 1 || y > most) return cudaErrorInvalidClusterSize;
     launch_clusters(grid, threads, shared_bytes, call);
     return cudaSuccess;
   }
@@ -295,9 +296,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     launch_in_turn(grid, threads, shared_bytes, call);
     return cudaSuccess;
   }
-  // As if another process had a part of the GPU: tests set it.
-  if (std::getenv("EMULATED_GPU_IS_SHARED")) return cudaErrorCooperativeLaunchTooLarge;
-  if (int(grid.x * grid.y * grid.z) > kMultiprocessors * blocks_an_sm(shared_bytes))
+  if (is_shared || int(grid.x * grid.y * grid.z) > kMultiprocessors * blocks_an_sm(shared_bytes))
     return cudaErrorCooperativeLaunchTooLarge;
   launch_together(grid, threads, shared_bytes, call);
   return cudaSuccess;
