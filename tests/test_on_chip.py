@@ -19,10 +19,15 @@ if not (on_gpu or "EMULATED_EXTENSION" in os.environ):
     )
 
 FUNCTIONS = (*NORMS, CAT)
-# Rows of whole accesses. Emulated, a part of them is kept: of (7, 64, 16, 24) channels-last two to
-# seven rounds; and of (300, 72, 4, 4), in two blocks of channels of which the second is nearly
-# empty, a few of 25. In clusters, all of (7, 128, 4, 24), and channels-first of (5, 3, 40, 80).
-SHAPES = ((7, 64, 16, 24), (5, 3, 40, 80), (300, 72, 4, 4), (7, 128, 4, 24), (2, 8, 1, 8))
+# Rows of whole accesses. Emulated, a part of them is kept, in registers and in shared memory: of
+# (7, 64, 16, 40) channels-last two to eight of 12 rounds, or 11; and of (300, 72, 4, 4), in two
+# blocks of channels of which the second is nearly empty, of 25. Channels-first, of (2, 8, 72, 160)
+# two of 12 in fp32 backward and of a dual norm. In clusters, all of (7, 128, 4, 24), and
+# channels-first of (5, 3, 40, 80).
+SHAPES = (
+    (7, 64, 16, 40), (2, 8, 72, 160), (5, 3, 40, 80),
+    (300, 72, 4, 4), (7, 128, 4, 24), (2, 8, 1, 8),
+)  # fmt: skip
 FILLING = ((32, 64, 56, 56), (32, 2048, 7, 7), (64, 256, 56, 56))  # a GPU
 
 
@@ -38,6 +43,16 @@ def device(request):
 def test_forward_and_backward(device, function, dtype, layout):
     for shape in SHAPES:
         assert_as_good_as_eager(make_problem(function, shape, dtype, layout, device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mean_far_above_std(device, layout):
+    """A thread's pivot is its own first element, wherever its first batch begins."""
+    functions = "batch_norm_relu", "dual_batch_norm_add_relu"
+    for shape, function in itertools.product(SHAPES, functions):
+        problem = make_problem(function, shape, torch.float32, layout, device)
+        problem.x.add_(1000)
+        assert_as_good_as_eager(problem)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -15,7 +15,7 @@ namespace fusedskip::cuda {
 template <bool kChannelsLast, int kWidth, int kNorms, typename T, typename Parts, typename Kept,
           typename S = StatisticsOf<T>>
 __device__ void apply_to_program(const Tiling& tiling, const BatchNormForward& args,
-                                 const Parts& partials, Kept kept) {
+                                 const Parts& partials, const Kept& kept) {
   constexpr int kSize = kLanes<kChannelsLast>;
   constexpr int kUnroll = kInFlight<T, 2, kBlocksAtOnce<kChannelsLast, kNorms>>;
   const T* x = static_cast<const T*>(args.x);
@@ -65,22 +65,22 @@ __device__ void apply_to_program(const Tiling& tiling, const BatchNormForward& a
 
   Walk<kChannelsLast, kWidth, /*kBackwards=*/true> walk(tiling, blockIdx.x, blockIdx.y,
                                                         threadIdx.x);
-  while (!walk.done()) {
-    const int round = walk.round();
-    Place places[kUnroll];
-    Octet<T> octets[kUnroll], residuals[kUnroll];
+  // Of x, and of a residual with a norm, an octet comes from where `find` has it.
+  const auto finish_rounds = [&]<int kCount>(auto find) {
+    Place places[kCount];
+    Octet<T> octets[kCount], residuals[kCount];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       places[u] = walk.next();
-      octets[u] = kept_or_loaded<kWidth>(kept, round - u, 0, x, places[u]);
+      octets[u] = find(u, 0, x, places[u]);
       if constexpr (kNorms == 2) {
-        residuals[u] = kept_or_loaded<kWidth>(kept, round - u, 1, residual, places[u]);
+        residuals[u] = find(u, 1, residual, places[u]);
       } else if (residual) {
         residuals[u] = load<kWidth, Use::kLast>(residual, places[u]);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kCount; ++u) {
       auto values = widen<T>(octets[u]);
 #pragma unroll
       for (int i = 0; i < kOctet; ++i) values[i] = affine[0](values[i], i);
@@ -99,6 +99,19 @@ __device__ void apply_to_program(const Tiling& tiling, const BatchNormForward& a
       const Place result{places[u].result, 0, places[u].elements};
       store<kWidth>(out, result, narrow<T>(values));
     }
+  };
+  constexpr int kHeldAtOnce = kNorms == 2 ? 1 : kUnroll;  // where nothing has to be loaded, one
+#pragma unroll
+  for (int last = Kept::kHeld - 1; last >= 0; last -= kHeldAtOnce)
+    finish_rounds.template operator()<kHeldAtOnce>([&](int u, int tensor, const T*, const Place&) {
+      return kept.in_registers(last - u).octet(tensor);
+    });
+  while (!walk.done()) {
+    const int round = walk.round();
+    finish_rounds.template operator()<kUnroll>(
+        [&](int u, int tensor, const T* p, const Place& place) {
+          return kept_or_loaded<kWidth>(kept, round - u, tensor, p, place);
+        });
   }
 }
 

@@ -7,8 +7,14 @@
 namespace fusedskip::cuda {
 namespace {
 
-template <typename T, Kind kKind>
-using Kept = KeptOnChip<T, 1 + kNorms<kKind>, /*kMask=*/kKind != Kind::kRecomputed>;
+// Rounds in registers: channels-last, five coefficients of eight channels leave no room for any.
+template <typename T, bool kChannelsLast, Kind kKind>
+inline constexpr int kHeld =
+    kChannelsLast && kKind == Kind::kRecomputed ? 0 : kReduceBatch<T, kChannelsLast, kNorms<kKind>>;
+
+template <typename T, bool kChannelsLast, Kind kKind>
+using Kept = KeptOnChip<T, 1 + kNorms<kKind>, /*kMask=*/kKind != Kind::kRecomputed,
+                        kHeld<T, kChannelsLast, kKind>>;
 
 template <typename T, bool kChannelsLast, int kWidth, Kind kKind, typename S = StatisticsOf<T>>
 __global__ void __launch_bounds__(kThreads,
@@ -17,7 +23,7 @@ __global__ void __launch_bounds__(kThreads,
                                   const __grid_constant__ BatchNormBackward args,
                                   const __grid_constant__ Partials<S> in_memory) {
   const Tiling& tiling = plan.tiling;
-  const Kept<T, kKind> kept(plan.rounds);
+  Kept<T, kChannelsLast, kKind> kept(plan.rounds);
   const PartialsOnChip<S, kChannelsLast, 1 + kNorms<kKind>> partials(in_memory, plan.in_clusters);
   bwd_reduce_of_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, kept);
   partials.wait_for_programs();
@@ -35,7 +41,7 @@ std::optional<OnChip> plan_on_chip(const BatchNormBackward& args) {
     using I = decltype(instance);
     using T = typename I::T;
     if constexpr (kHasOnChip<I>)
-      plan = plan_on_chip<Kept<T, kind>,
+      plan = plan_on_chip<Kept<T, I::kChannelsLast, kind>,
                           batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>,
                           kResidentBlocks<T, I::kChannelsLast, I::kWidth, kNorms<kind>>>(args.view);
     return cudaSuccess;
@@ -50,7 +56,8 @@ cudaError_t launch_on_chip(const BatchNormBackward& args, const OnChip& plan, vo
     using T = typename I::T;
     if constexpr (kHasOnChip<I>) {
       return launch_kernel_on_chip<
-          Kept<T, kind>, batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
+          Kept<T, I::kChannelsLast, kind>,
+          batch_norm_bwd_on_chip_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
           plan, stream, args, Partials<StatisticsOf<T>>(workspace, plan.tiling, kNorms<kind>));
     }
     return cudaErrorInvalidValue;

@@ -15,7 +15,7 @@ namespace fusedskip::cuda {
 template <bool kChannelsLast, int kWidth, Kind kKind, typename T, typename Parts, typename Kept,
           typename S = StatisticsOf<T>>
 __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackward& args,
-                                     const Parts& partials, Kept kept) {
+                                     const Parts& partials, const Kept& kept) {
   constexpr int kSize = kLanes<kChannelsLast>, kNorms = cuda::kNorms<kKind>;
   // Beside four coefficients of eight channels, the registers hold one octet of each tensor. That
   // is enough: half of the traffic is writing, and 24 KB an SM or more are on their way, of the 18
@@ -81,8 +81,31 @@ __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackwa
     k3[k] = lanes_of<kSize>(k3_of_block[k].values, tiling.columns);
   }
 
+  const auto finish = [&](const Place& place, const GatedOctet<T, kWidth, kKind>& octet) {
+    const auto [g, centred] = octet.gradient(affine);
+    if (kNorms == 1 && dresidual) store<kWidth>(dresidual, place, narrow<T>(g));
+#pragma unroll
+    for (int k = 0; k < kNorms; ++k) {
+      if (!dnormalised[k]) continue;
+      Array<S, kOctet> values;
+#pragma unroll
+      for (int i = 0; i < kOctet; ++i) {
+        const int j = i % kSize;
+        values[i] = args.training ? fma_rn(affine[k].scale[j], g[i],
+                                           fma_rn(k2[k][j], centred[k][i], k3[k][j]))
+                                  : affine[k].scale[j] * g[i];
+      }
+      store<kWidth>(dnormalised[k], place, narrow<T>(values));
+    }
+  };
   Walk<kChannelsLast, kWidth, /*kBackwards=*/true> walk(tiling, blockIdx.x, blockIdx.y,
                                                         threadIdx.x);
+#pragma unroll
+  for (int u = Kept::kHeld - 1; u >= 0; --u) {
+    GatedOctet<T, kWidth, kKind> octet;
+    octet.get(kept.in_registers(u));
+    finish(walk.next(), octet);
+  }
   while (!walk.done()) {
     const int round = walk.round();
     Place places[kUnroll];
@@ -91,30 +114,14 @@ __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackwa
     for (int u = 0; u < kUnroll; ++u) {
       places[u] = walk.next();
       if (kept.has(round - u)) {
-        octets[u].get(kept, round - u);
+        octets[u].get(kept.in_shared(round - u));
       } else {
         octets[u].template read<Use::kLast>(args, places[u], /*reads_x=*/args.training && args.dx,
                                             /*reads_residual=*/args.training && dresidual);
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const auto [g, centred] = octets[u].gradient(affine);
-      if (kNorms == 1 && dresidual) store<kWidth>(dresidual, places[u], narrow<T>(g));
-#pragma unroll
-      for (int k = 0; k < kNorms; ++k) {
-        if (!dnormalised[k]) continue;
-        Array<S, kOctet> values;
-#pragma unroll
-        for (int i = 0; i < kOctet; ++i) {
-          const int j = i % kSize;
-          values[i] = args.training ? fma_rn(affine[k].scale[j], g[i],
-                                             fma_rn(k2[k][j], centred[k][i], k3[k][j]))
-                                    : affine[k].scale[j] * g[i];
-        }
-        store<kWidth>(dnormalised[k], places[u], narrow<T>(values));
-      }
-    }
+    for (int u = 0; u < kUnroll; ++u) finish(places[u], octets[u]);
   }
 }
 

@@ -8,12 +8,16 @@
 
 namespace fusedskip::cuda {
 
+// Rounds in flight at once.
+template <typename T, bool kChannelsLast, int kNorms>
+inline constexpr int kReduceBatch = kInFlight<T, 1 + kNorms, kBlocksAtOnce<kChannelsLast, kNorms>>;
+
 template <bool kChannelsLast, int kWidth, Kind kKind, typename T, typename Parts, typename Kept,
           typename S = StatisticsOf<T>>
 __device__ void bwd_reduce_of_program(const Tiling& tiling, const BatchNormBackward& args,
-                                      const Parts& partials, Kept kept) {
+                                      const Parts& partials, Kept& kept) {
   constexpr int kSize = kLanes<kChannelsLast>, kNorms = cuda::kNorms<kKind>;
-  constexpr int kUnroll = kInFlight<T, 1 + kNorms, kBlocksAtOnce<kChannelsLast, kNorms>>;
+  constexpr int kUnroll = kReduceBatch<T, kChannelsLast, kNorms>;
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
   Affine<S, kSize> affine[kNorms] = {};
   if constexpr (kKind == Kind::kRecomputed) {
@@ -34,8 +38,9 @@ __device__ void bwd_reduce_of_program(const Tiling& tiling, const BatchNormBackw
   }
 
   Array<S, kSize> sums[1 + kNorms] = {};
-  Walk<kChannelsLast, kWidth, /*kBackwards=*/false> walk(tiling, blockIdx.x, blockIdx.y,
-                                                         threadIdx.x);
+  static_assert(Kept::kHeld == 0 || Kept::kHeld == kUnroll);
+  Walk<kChannelsLast, kWidth, /*kBackwards=*/false, Kept::kHeld> walk(tiling, blockIdx.x,
+                                                                      blockIdx.y, threadIdx.x);
   while (!walk.done()) {
     const int round = walk.round();
     GatedOctet<T, kWidth, kKind> octets[kUnroll];
@@ -45,7 +50,7 @@ __device__ void bwd_reduce_of_program(const Tiling& tiling, const BatchNormBackw
                                            /*reads_residual=*/true);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      octets[u].put(kept, round + u);
+      octets[u].put(kept, round + u, u);
       // What does not exist has a dout of 0 and adds nothing.
       const auto [g, centred] = octets[u].gradient(affine);
 #pragma unroll

@@ -8,7 +8,7 @@ namespace fusedskip::cuda {
 namespace {
 
 template <typename T, int kNorms>
-using Kept = KeptOnChip<T, kNorms, /*kMask=*/false>;
+using Kept = KeptOnChip<T, kNorms, /*kMask=*/false, kStatsBatch<T>>;
 
 template <typename T, bool kChannelsLast, int kWidth, int kNorms, typename S = StatisticsOf<T>>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kWidth, kNorms>)
@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
                               const __grid_constant__ BatchNormForward args,
                               const __grid_constant__ Partials<S> in_memory) {
   const Tiling& tiling = plan.tiling;
-  const Kept<T, kNorms> kept(plan.rounds);
+  Kept<T, kNorms> kept(plan.rounds);
   const PartialsOnChip<S, kChannelsLast, 2 * kNorms> partials(in_memory, plan.in_clusters);
   stats_of_program<kChannelsLast, kWidth>(tiling, static_cast<const T*>(args.x), 0, partials, kept);
   if constexpr (kNorms == 2)

@@ -78,19 +78,20 @@ struct GatedOctet {
       bits = args.mask[mask_offset<kWidth>(place)];
   }
 
+  // As number u of a batch.
   template <typename Kept>
-  __device__ void put(Kept& kept, int round) const {
-    kept.put(round, 0, dout);
+  __device__ void put(Kept& kept, int round, int u) const {
+    kept.put(round, u, 0, dout);
 #pragma unroll
-    for (int k = 0; k < kNorms; ++k) kept.put(round, 1 + k, x[k]);
-    kept.put_bits(round, bits);
+    for (int k = 0; k < kNorms; ++k) kept.put(round, u, 1 + k, x[k]);
+    kept.put_bits(round, u, bits);
   }
-  template <typename Kept>
-  __device__ void get(const Kept& kept, int round) {
-    dout = kept.get(round, 0);
+  template <typename Round>
+  __device__ void get(const Round& kept) {
+    dout = kept.octet(0);
 #pragma unroll
-    for (int k = 0; k < kNorms; ++k) x[k] = kept.get(round, 1 + k);
-    bits = kept.get_bits(round);
+    for (int k = 0; k < kNorms; ++k) x[k] = kept.octet(1 + k);
+    bits = kept.bits();
   }
 
   template <int kSize>

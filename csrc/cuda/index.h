@@ -210,9 +210,11 @@ constexpr std::optional<Tiling> cluster_tiling(const View& view, int64_t residen
 
 // The octets of one thread, from its first or, backwards, from its last: the second stage of a pair
 // begins with what the first has left in L2, and finds what the same thread has kept on the chip.
-// Offsets are moved, not computed: 64-bit products would be a third of the instructions of stats.
-// kWidth elements at a time exist: where that is an octet, nothing has to be counted.
-template <bool kChannelsLast, int kWidth, bool kBackwards>
+// Forwards, it may take batches of kBatch rounds of which the last is whole: then the first begins
+// before the first round. Offsets are moved, not computed: 64-bit products would be a third of the
+// instructions of stats. kWidth elements at a time exist: where that is an octet, nothing has to be
+// counted.
+template <bool kChannelsLast, int kWidth, bool kBackwards, int kBatch = 0>
 class Walk {
  public:
   constexpr Walk(const Tiling& tiling, int64_t channel_block, int program, int thread)
@@ -227,6 +229,8 @@ class Walk {
       next_ = tiling.place(position / tiling.octets, channel_block, position % tiling.octets);
       end_ = numel();
     }
+    if constexpr (!kBackwards && kBatch > 1)
+      for (int missing = (kBatch - rounds_ % kBatch) % kBatch; missing > 0; --missing) step_back();
   }
 
   // The same for all threads of a block.
@@ -238,9 +242,7 @@ class Walk {
     const bool exists = uint64_t(next_.element) < uint64_t(end_);  // nor below 0
     const Place place{next_.element, next_.byte, exists ? elements() : 0, next_.result};
     if constexpr (kBackwards) {
-      --round_;
-      next_ -= tiling_.round;
-      if (!kChannelsLast && next_.octet < 0) next_ -= tiling_.carry;
+      step_back();
     } else {
       ++round_;
       next_ += tiling_.round;
@@ -250,6 +252,12 @@ class Walk {
   }
 
  private:
+  constexpr void step_back() {
+    --round_;
+    next_ -= tiling_.round;
+    if (!kChannelsLast && next_.octet < 0) next_ -= tiling_.carry;
+  }
+
   constexpr int64_t numel() const {
     return tiling_.view.n_outer * tiling_.view.n_channels * tiling_.view.n_inner;
   }

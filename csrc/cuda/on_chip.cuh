@@ -1,13 +1,14 @@
 // How an operation of two stages runs as one launch: its blocks wait for each other, and keep in
-// shared memory what fits of the tensor. Forward then moves 3N + m instead of 4N + m, and backward
-// 4N + m instead of 6N + 2m; of what does not fit, L2 may still have something.
+// shared memory and registers what fits of the tensor. Forward then moves 3N + m instead of 4N + m,
+// and backward 4N + m instead of 6N + 2m; of what does not fit, L2 may still have something.
 //
 // Three blocks an SM, as of the other kernels, have 69 KB each on an H100, beside what they
-// declare. In 16 bits that is 17 rounds of one tensor. As one grid, all of it on the GPU at once,
-// they keep 26.7 MB: the whole of x at (64, 64, 56, 56), and a quarter at (64, 256, 56, 56). A
-// cluster of 16 keeps 560 000 elements of its channels, however many clusters there are: a channel
-// of 200 704 channels-first at (64, 256, 56, 56), 32 channels of 12 544 channels-last at (64, 1024,
-// 14, 14).
+// declare. In 16 bits that is 17 rounds of one tensor; four more are in registers as stats ends,
+// and stay there: three blocks an SM leave 80 a thread, of which 78 were in use at other times. As
+// one grid, all of it on the GPU at once, they keep 33 MB: the whole of x at (64, 64, 56, 56), and
+// a third at (64, 256, 56, 56). A cluster of 16 keeps 690 000 elements of its channels, however
+// many clusters there are: a channel of 200 704 channels-first at (64, 256, 56, 56), 32 channels of
+// 12 544 channels-last at (64, 1024, 14, 14).
 
 #pragma once
 
@@ -32,13 +33,16 @@ std::optional<OnChip> plan_on_chip(const View& view) {
   const Room room = room_for<kKernel, kBlocksAnSM>();
   if (room.blocks == 0) return std::nullopt;
   const int64_t resident = std::min(room.blocks, 128 * kBlocksAnSM);
-  const int rounds = room.shared_bytes / Kept::kBytesARound;
-  if (const auto tiling = cluster_tiling(view, resident, rounds, room.cluster))
-    return OnChip{*tiling, tiling->rounds(0), /*in_clusters=*/true};
+  const int in_shared = room.shared_bytes / Kept::kBytesARound;
+  const auto rest = [](const Tiling& tiling) {
+    return std::max(0, tiling.rounds(0) - Kept::kHeld);
+  };
+  if (const auto tiling = cluster_tiling(view, resident, in_shared + Kept::kHeld, room.cluster))
+    return OnChip{*tiling, rest(*tiling), /*in_clusters=*/true};
   const Tiling tiling(view, resident);
   if (tiling.programs > 1 && tiling.programs * tiling.channel_blocks > room.blocks)
     return std::nullopt;
-  return OnChip{tiling, std::min(rounds, tiling.rounds(0)), /*in_clusters=*/false};
+  return OnChip{tiling, std::min(in_shared, rest(tiling)), /*in_clusters=*/false};
 }
 
 template <typename Kept, auto kKernel, typename... Args>

@@ -16,7 +16,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
   const T* tensor = norm == 0 ? x : residual;
   asm("" : "+l"(tensor));
   __builtin_assume(__isGlobal(tensor));
-  stats_of_program<kChannelsLast, kWidth>(tiling, tensor, norm, partials, NothingKept<T>());
+  NothingKept<T> kept;
+  stats_of_program<kChannelsLast, kWidth>(tiling, tensor, norm, partials, kept);
 }
 
 }  // namespace

@@ -12,13 +12,17 @@
 
 namespace fusedskip::cuda {
 
+// Rounds in flight at once.
+template <typename T>
+inline constexpr int kStatsBatch = kInFlight<T, 1>;
+
 // Of the tensor of norm number `norm`.
 template <bool kChannelsLast, int kWidth, typename T, typename Parts, typename Kept,
           typename S = StatisticsOf<T>>
 __device__ void stats_of_program(const Tiling& tiling, const T* tensor, int norm,
-                                 const Parts& partials, Kept kept) {
+                                 const Parts& partials, Kept& kept) {
   constexpr int kSize = kLanes<kChannelsLast>;
-  constexpr int kUnroll = kInFlight<T, 1>;
+  constexpr int kUnroll = kStatsBatch<T>;
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
   Array<S, kSize> origin = {};
 #pragma unroll
@@ -27,8 +31,9 @@ __device__ void stats_of_program(const Tiling& tiling, const T* tensor, int norm
 
   Array<S, kSize> pivot = {}, sum = {}, squares = {};
   int count = 0;
-  Walk<kChannelsLast, kWidth, /*kBackwards=*/false> walk(tiling, blockIdx.x, blockIdx.y,
-                                                         threadIdx.x);
+  static_assert(Kept::kHeld == 0 || Kept::kHeld == kUnroll);
+  Walk<kChannelsLast, kWidth, /*kBackwards=*/false, Kept::kHeld> walk(tiling, blockIdx.x,
+                                                                      blockIdx.y, threadIdx.x);
   while (!walk.done()) {
     const int round = walk.round();
     Place places[kUnroll];
@@ -40,9 +45,9 @@ __device__ void stats_of_program(const Tiling& tiling, const T* tensor, int norm
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      kept.put(round + u, norm, octets[u]);
+      kept.put(round + u, u, norm, octets[u]);
       const auto values = widen<T>(octets[u]);
-      if (u == 0 && count == 0) {
+      if (round + u == 0) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) pivot[j] = finite_or_zero(values[j]);
       }
