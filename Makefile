@@ -10,7 +10,7 @@ EXTENSION := fusedskip/_C.abi3.so
 CSRC := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TEST_CPP := $(wildcard tests/*.cpp tests/emulator/*.cpp tests/emulator/*.h)
 
-.PHONY: help build demo test lint format bench bench-compare readme gpu wheel clean
+.PHONY: help build demo test lint format bench bench-compare readme gpu tune choices wheel clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 15
@@ -60,12 +60,24 @@ bench-compare: build  ## the working tree's speed over that of BASE=ref, with it
 readme: $(INSTALLED)  ## rewrite the README's tables and plots from benchmarks/results
 	python -m benchmarks.report --readme README.md $(sort $(wildcard $(RESULTS)/*.json))
 
-# Without .venv and network: $(PYTHON) holds torch, and the package is installed there, editable.
+# Without .venv and network: $(PYTHON) holds torch, and the package is installed there, editable. Tune
+# what `make gpu` has built.
 gpu: OUT ?= gpu-results
 gpu:  ## build, test and measure on this machine's GPU; OUT=dir is where the results go
 	$(PYTHON) -m benchmarks.gpu '$(OUT)'
 
 # The wheel's tag is in the pattern: one that is for this Python alone fails here.
+tune: OUT ?= gpu-results
+tune: BATCH ?= 64
+tune:  ## measure on this machine's GPU where one launch beats two, BATCH images at a time
+	mkdir -p '$(OUT)'
+	$(PYTHON) -m pytest benchmarks/bench_ops.py --launches --batch=$(BATCH) -W default -q \
+	    --benchmark-enable --benchmark-only --benchmark-max-time=0.1 \
+	    --benchmark-json='$(OUT)/launches-$(BATCH).json'
+
+choices: $(INSTALLED)  ## rewrite csrc/cuda/measured.h from what `make tune` measured
+	python -m benchmarks.choices csrc/cuda/measured.h $(wildcard $(RESULTS)/launches/*.json)
+
 wheel: $(INSTALLED)  ## build dist/*.tar.gz and, from it, dist/*.whl; TORCH=2.11.0 also tries that torch
 	rm -rf dist
 	python -m build --no-isolation

@@ -39,6 +39,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 def usual(function, shape, layout, dtype, passes, runner) -> bool:
     """What fits into minutes: tails at a few shapes, the rest, and the passes apart, at one."""
     sampled = shape == SAMPLE
+    if runner == runners.TWO_LAUNCHES:
+        return False
     if shape not in CORE or not (sampled or function in TAILS):
         return False
     if passes != "both" and not (sampled and function in TAILS and dtype == DTYPE):
@@ -48,6 +50,12 @@ def usual(function, shape, layout, dtype, passes, runner) -> bool:
     if runners.DEVICE == "cuda":  # for bf16 channels-last
         return (layout, dtype) == ("channels_last", DTYPE) or (function == MAIN and sampled)
     return runner != "compile" or dtype == DTYPE or function == MAIN
+
+
+def compares_launches(function, shape, layout, dtype, passes, runner) -> bool:
+    """What `make choices` follows from."""
+    launches = runners.ON_CHIP, runners.TWO_LAUNCHES
+    return function in TAILS and passes != "both" and runner in launches
 
 
 def bench_op(benchmark, measure, request, function, shape, layout, dtype, passes, runner):

@@ -20,6 +20,7 @@ Call = Callable[[], object]
 def pytest_addoption(parser):
     parser.addoption("--batch", type=int, help="batch size, instead of each shape's own")
     parser.addoption("--full", action="store_true", help="all cases: hours, not minutes")
+    parser.addoption("--launches", action="store_true", help="one launch beside two, on a GPU")
 
 
 def pytest_configure(config):
@@ -28,15 +29,20 @@ def pytest_configure(config):
 
 def pytest_generate_tests(metafunc):
     """A module lists the NAMES and values of its CASES, and may say which are the usual ones."""
-    module = metafunc.module
+    module, option = metafunc.module, metafunc.config.getoption
     cases = module.CASES
-    if hasattr(module, "usual") and not metafunc.config.getoption("--full"):
+    if option("--launches"):
+        cases = [case for case in cases if module.compares_launches(*case)]
+    elif hasattr(module, "usual") and not option("--full"):
         cases = [case for case in cases if module.usual(*case)]
     metafunc.parametrize(module.NAMES, cases)
 
 
 def pytest_benchmark_update_machine_info(machine_info):
     machine_info["torch"] = torch.__version__
+    if DEVICE == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        machine_info["architecture"] = 10 * major + minor
     machine_info["device"] = (
         torch.cuda.get_device_name()
         if DEVICE == "cuda"

@@ -64,16 +64,16 @@ UNAVAILABLE = {
 }
 UNAVAILABLE["flaggems"] = "it replaces torch's operators in the whole process, and so eager's"
 BACKENDS = tuple(name for name in backends.KERNELS if name not in UNAVAILABLE)
-# The `cuda` backend with each pass in one launch.
-ON_CHIP = "cuda_on_chip"
+# The `cuda` backend with each pass in one launch, and in two, whatever it prefers.
+ON_CHIP, TWO_LAUNCHES = "cuda_on_chip", "cuda_two_launches"
 RUNNERS = (
-    "eager", "compile", *BACKENDS, *((ON_CHIP,) if "cuda" in BACKENDS else ()),
+    "eager", "compile", *BACKENDS, *((ON_CHIP, TWO_LAUNCHES) if "cuda" in BACKENDS else ()),
     *(name for name in LIBRARIES if name not in UNAVAILABLE),
 )  # fmt: skip
 
 
 def has(runner: str, function: str) -> bool:
-    if runner == ON_CHIP:
+    if runner in (ON_CHIP, TWO_LAUNCHES):
         return function not in ("add_relu", "relu_add")  # one launch at all times
     return runner not in LIBRARIES or function in LIBRARIES[runner].functions
 
@@ -189,10 +189,12 @@ def forward(runner: str, function: str) -> Callable[[Inputs], Tensor]:
 @contextlib.contextmanager
 def using(runner: str) -> Iterator[None]:
     """Calls run on `runner` within."""
-    name = "cuda" if runner == ON_CHIP else runner if runner in BACKENDS else "auto"
-    launches = backends.on_chip() if runner == ON_CHIP else contextlib.nullcontext()
-    with fusedskip.use_backend(name), launches:
-        yield
+    if runner in (ON_CHIP, TWO_LAUNCHES):
+        with fusedskip.use_backend("cuda"), backends.on_chip(runner == ON_CHIP):
+            yield
+    else:
+        with fusedskip.use_backend(runner if runner in BACKENDS else "auto"):
+            yield
 
 
 def step(

@@ -121,21 +121,22 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def on_chip(allowed: bool = True) -> Iterator[None]:
+def on_chip(preferred: bool = True) -> Iterator[None]:
     """Let the `cuda` backend make each pass in training one launch, where the GPU has room for it.
 
-    Its blocks wait for each other and keep in shared memory what they can. Until a GPU has measured
-    where that pays, two launches are the default. Process-wide, like `use_backend`.
+    Its blocks wait for each other and keep on the chip what they can. With False, all are two
+    launches. The default is what GPUs of the kind have measured to be faster at the nearest shape,
+    and two where none has. Process-wide, like `use_backend`.
 
     Raises:
         AttributeError: for an installation that was built without `cuda`.
     """
-    allow = importlib.import_module("fusedskip._C").cuda_allow_on_chip
-    previous = allow(allowed)
+    set_launches = importlib.import_module("fusedskip._C").cuda_set_launches
+    previous = set_launches(1 if preferred else 2)
     try:
         yield
     finally:
-        allow(previous)
+        set_launches(previous)
 
 
 @cache

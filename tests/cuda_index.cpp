@@ -7,7 +7,9 @@
 #include <random>
 #include <vector>
 
+#include "../csrc/cuda/choice.h"
 #include "../csrc/cuda/index.h"
+#include "../csrc/cuda/measured.h"
 
 using namespace fusedskip;
 using namespace fusedskip::cuda;
@@ -320,10 +322,40 @@ void check_widths() {
   CHECK(vector_width(50, Dtype::kBFloat16, 0) == 1);
 }
 
+// One launch where it has been faster at the nearest shape, by the same kind of pass.
+void check_choice() {
+  uint8_t byte;
+  BatchNormForward forward{.view = {64, 256, 3136}, .dtype = Dtype::kBFloat16};
+  BatchNormBackward backward{.view = {200704, 256, 1}, .dtype = Dtype::kFloat32, .relu = true};
+  CHECK((pass_of(forward, 90) == Pass{90, false, Tail::kNothing, false, 2}));
+  CHECK((pass_of(backward, 80) == Pass{80, true, Tail::kNothing, true, 4}));
+  forward.residual = backward.mask = &byte;
+  CHECK(pass_of(forward, 90).tail == Tail::kTensor && pass_of(backward, 90).tail == Tail::kTensor);
+  backward.relu = false, backward.mask = nullptr;
+  CHECK(pass_of(backward, 90).tail == Tail::kTensor);
+  forward.residual_norm.mean.data = backward.residual_norm.mean.data = &byte;
+  CHECK(pass_of(forward, 90).tail == Tail::kNorm && pass_of(backward, 90).tail == Tail::kNorm);
+
+  const Pass pass{90, false, Tail::kTensor, true, 2};
+  Pass fp32 = pass, other_gpu = pass;
+  fp32.itemsize = 4, other_gpu.architecture = 80;
+  const Measured measured[] = {
+      {pass, 256, 200704, 0.9}, {pass, 2048, 3136, 1.3}, {fp32, 512, 50176, 1.1}};
+  const auto faster = [&](const Pass& p, const View& v) {
+    return one_launch_is_faster(measured, p, v);
+  };
+  CHECK(!faster(pass, {200704, 256, 1}) && faster(pass, {3136, 2048, 1}));
+  CHECK(faster(pass, {3136, 1024, 1}) && faster(pass, {12544, 1024, 1}));
+  CHECK(!faster(pass, {100352, 512, 1}) && !faster(pass, {64, 256, 3136}));
+  CHECK(faster(fp32, {200704, 256, 1}) && !faster(other_gpu, {3136, 2048, 1}));
+  for (const Measured& m : kMeasured) CHECK(m.speed > 0 && m.n_channels > 0 && m.n_positions > 0);
+}
+
 }  // namespace
 
 int main() {
   check_widths();
+  check_choice();
   int shapes = 0;
   for (const int64_t n : {1, 2, 3, 5, 64, 257})
     for (int64_t c = 1; c <= 80; c += c < 24 ? 1 : 7)

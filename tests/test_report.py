@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench_ops, compare, report, runners
+from benchmarks import bench_ops, choices, compare, report, runners
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
@@ -51,7 +51,33 @@ def test_every_function_and_pass_has_its_usual_cases():
     usual = {case for case in bench_ops.CASES if bench_ops.usual(*case)}
     assert {case[0] for case in usual} == set(runners.FUNCTIONS)
     assert {case[4] for case in usual} == set(runners.PASSES)
-    assert {case[5] for case in usual} == set(runners.RUNNERS)
+    assert {case[5] for case in usual} == set(runners.RUNNERS) - {runners.TWO_LAUNCHES}
+
+
+def test_launches_are_chosen_by_the_committed_results():
+    written = (ROOT / "csrc/cuda/measured.h").read_text()
+    launches = (ROOT / "benchmarks/results/launches").glob("*.json")
+    assert written == choices.header(launches), "run `make choices`"
+
+
+def test_choices_of_a_measured_pass(tmp_path):
+    case = ("dual_batch_norm_add_relu", "512x28x28", "channels_last", "bf16", "backward")
+    assert bench_ops.compares_launches(*case, runners.ON_CHIP)
+    assert not bench_ops.usual(*case, runners.TWO_LAUNCHES)
+    shown = dict(zip(bench_ops.NAMES, case, strict=False), shape="64x512x28x28")
+    benchmarks = [
+        {"fullname": "benchmarks/bench_ops.py::bench_op", "extra_info": shown | result}
+        for result in (
+            {"runner": runners.ON_CHIP, "speed": 3.0},
+            {"runner": runners.TWO_LAUNCHES, "speed": 2.0},
+            {"runner": runners.ON_CHIP, "speed": 3.0, "dtype": "fp32"},  # interrupted
+        )
+    ]
+    measured = {"machine_info": {"architecture": 90}, "benchmarks": benchmarks}
+    (tmp_path / "h100.json").write_text(json.dumps(measured))
+    header = choices.header([tmp_path / "h100.json"])
+    assert "std::array<Measured, 1>" in header
+    assert "    {{90, true, Tail::kNorm, true, 2}, 512, 50176, 1.50},\n" in header
 
 
 def test_comparison_has_a_median_and_its_spread():

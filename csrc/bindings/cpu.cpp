@@ -36,10 +36,10 @@ PyObject* cpu_instruction_set(PyObject*, PyObject*) {
 }
 
 #ifdef USE_CUDA
-PyObject* cuda_allow_on_chip(PyObject*, PyObject* allowed) {
-  const int truth = PyObject_IsTrue(allowed);
-  if (truth < 0) return nullptr;
-  return PyBool_FromLong(cuda::allow_on_chip(truth));
+PyObject* cuda_set_launches(PyObject*, PyObject* preferred) {
+  const long launches = PyLong_AsLong(preferred);
+  if (launches == -1 && PyErr_Occurred()) return nullptr;
+  return PyLong_FromLong(long(cuda::set_launches(cuda::Launches(launches))));
 }
 #endif
 
@@ -47,10 +47,9 @@ PyMethodDef methods[] = {
     {"cpu_instruction_set", cpu_instruction_set, METH_NOARGS,
      "The instruction set that the CPU kernels chose: 'avx512', 'avx2' or 'baseline'."},
 #ifdef USE_CUDA
-    {"cuda_allow_on_chip", cuda_allow_on_chip, METH_O,
-     "Whether a training pass on a GPU may be one launch, which keeps on the chip what fits. "
-     "Returns "
-     "what held before."},
+    {"cuda_set_launches", cuda_set_launches, METH_O,
+     "How many launches a training pass on a GPU is: 1, where it has room for that, or 2; or 0, "
+     "whichever has been measured to be faster. Returns what held before."},
 #endif
     {nullptr, nullptr, 0, nullptr},
 };

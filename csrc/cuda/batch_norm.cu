@@ -1,24 +1,40 @@
 // An operation is two launches at most: a stage that reduces, if anything is to be reduced, and one
 // that finishes the sums channel by channel and goes through the elements again. Where one launch
-// can do both, and is allowed to, it does.
+// can do both, and has been measured to be faster, it does.
 
 #include <atomic>
 
 #include "batch_norm.h"
+#include "measured.h"
 #include "stages.h"
 
 namespace fusedskip::cuda {
 namespace {
 
-std::atomic<bool> on_chip_allowed = false;
+std::atomic<Launches> launches = Launches::kMeasured;
 
-// What one launch of both stages has come to. Nothing where two are to be made: where one is not
-// allowed, or the device has no room for it, or the driver finds that it has none after all, as
+// 90 of sm_90.
+int architecture() {
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return 10 * major + minor;
+}
+
+template <typename Args>
+bool prefers_one_launch(const Args& args) {
+  if (launches != Launches::kMeasured) return launches == Launches::kOne;
+  return one_launch_is_faster(kMeasured, pass_of(args, architecture()), args.view);
+}
+
+// What one launch of both stages has come to. Nothing where two are to be made: where they are
+// preferred, or the device has no room for one, or the driver finds that it has none after all, as
 // where processes share a GPU.
 template <typename Args>
 std::optional<cudaError_t> one_launch(const Args& args, const Allocate& allocate,
                                       cudaStream_t stream) {
-  if (!on_chip_allowed) return std::nullopt;
+  if (!prefers_one_launch(args)) return std::nullopt;
   const auto plan = plan_on_chip(args);
   if (!plan) return std::nullopt;
   void* workspace = allocate(plan->workspace_size(norm_count(args)));
@@ -31,7 +47,7 @@ std::optional<cudaError_t> one_launch(const Args& args, const Allocate& allocate
 
 }  // namespace
 
-bool allow_on_chip(bool allowed) { return on_chip_allowed.exchange(allowed); }
+Launches set_launches(Launches preferred) { return launches.exchange(preferred); }
 
 cudaError_t batch_norm(const BatchNormForward& args, const Allocate& allocate,
                        cudaStream_t stream) {

@@ -11,10 +11,11 @@
 
 namespace fusedskip::cuda {
 
-// Whether operations of two stages may be one launch where the device has room for that: not yet
-// the default, because no GPU has measured it. Not to be changed while a call is going on. Returns
-// what held before.
-bool allow_on_chip(bool);
+// Whether operations of two stages are two launches, or one where the device has room for that: the
+// default is what has been measured to be faster (measured.h). Not to be changed while a call is
+// going on. Returns what held before.
+enum class Launches { kMeasured = 0, kOne = 1, kTwo = 2 };
+Launches set_launches(Launches);
 
 // Gives an operation memory for partial results, of so many numbers in statistics precision, until
 // what it has launched is done; or until the next call, if it asks again.
