@@ -20,14 +20,10 @@ if not (on_gpu or "EMULATED_EXTENSION" in os.environ):
 
 FUNCTIONS = (*NORMS, CAT)
 # Rows of whole accesses. Emulated, a part of them is kept, in registers and in shared memory: of
-# (7, 64, 16, 40) channels-last two to eight of 12 rounds, or 11; and of (300, 72, 4, 4), in two
-# blocks of channels of which the second is nearly empty, of 25. Channels-first, of (2, 8, 72, 160)
-# two of 12 in fp32 backward and of a dual norm. In clusters, all of (7, 128, 4, 24), and
-# channels-first of (5, 3, 40, 80).
-SHAPES = (
-    (7, 64, 16, 40), (2, 8, 72, 160), (5, 3, 40, 80),
-    (300, 72, 4, 4), (7, 128, 4, 24), (2, 8, 1, 8),
-)  # fmt: skip
+# (110, 72, 4, 4) channels-last, in two blocks of channels of which the second is nearly empty, two
+# to eight of 10 rounds, or 9; of (2, 5, 72, 160) channels-first two of six in fp32 backward and of
+# a dual norm. In clusters, all of (7, 128, 4, 24), and channels-first of (5, 3, 40, 80).
+SHAPES = ((110, 72, 4, 4), (2, 5, 72, 160), (5, 3, 40, 80), (7, 128, 4, 24), (2, 8, 1, 8))
 FILLING = ((32, 64, 56, 56), (32, 2048, 7, 7), (64, 256, 56, 56))  # a GPU
 
 
