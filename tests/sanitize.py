@@ -55,7 +55,8 @@ def emulated():
 
 def main():
     for backend, one_launch, problems in on_gpu() if torch.cuda.is_available() else emulated():
-        launches = backends.on_chip() if one_launch else contextlib.nullcontext()
+        compiled = backend != "triton"
+        launches = backends.on_chip(one_launch) if compiled else contextlib.nullcontext()
         with fusedskip.use_backend(backend), launches:
             for problem in problems:
                 run(problem)

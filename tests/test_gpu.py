@@ -38,11 +38,11 @@ ON_CHIP = "cuda_on_chip"  # each pass in training in one launch
     ]
 )
 def backend(request):
-    if request.param == ON_CHIP:
-        with fusedskip.use_backend("cuda"), backends.on_chip():
-            yield ON_CHIP
+    if request.param == "triton":
+        with fusedskip.use_backend("triton"):
+            yield "triton"
     else:
-        with fusedskip.use_backend(request.param):
+        with fusedskip.use_backend("cuda"), backends.on_chip(request.param == ON_CHIP):
             yield request.param
 
 
