@@ -32,6 +32,8 @@ def pytest_generate_tests(metafunc):
     module, option = metafunc.module, metafunc.config.getoption
     cases = module.CASES
     if option("--launches"):
+        if runners.ON_CHIP not in runners.RUNNERS:
+            raise pytest.UsageError(f"--launches: cuda: {runners.UNAVAILABLE['cuda']}")
         cases = [case for case in cases if module.compares_launches(*case)]
     elif hasattr(module, "usual") and not option("--full"):
         cases = [case for case in cases if module.usual(*case)]
