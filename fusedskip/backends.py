@@ -146,7 +146,7 @@ def _auto(device_type: str) -> str:
         # Interpreted Triton is for tests: it is taken only when asked for by name.
         if reason is None and not (name == "triton" and device_type == "cpu"):
             return name
-    if device_type in ("cpu", "cuda"):
+    if device_type != "meta":  # nothing runs there
         tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
         warnings.warn(f"fusedskip runs eagerly on {device_type} tensors ({tried})", stacklevel=2)
     return "eager"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -60,6 +61,15 @@ def test_use_backend_nests_and_restores():
             raise KeyError
         assert backends.select(x) == "eager"
     assert backends.select(x) == "cpu"
+
+
+def test_other_accelerators_run_eagerly_and_say_so_once():
+    backends._auto.cache_clear()
+    with pytest.warns(UserWarning, match="runs eagerly on mps tensors .*: it takes cuda tensors"):
+        assert backends._auto("mps") == "eager"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (backends._auto("mps"), backends._auto("meta")) == ("eager", "eager")
 
 
 def test_unknown_backend():
