@@ -130,6 +130,7 @@ def test_compiled(tmp_path):
     check_that_every_kernel_is_there(kernels)
     check_that_nothing_spills(kernels)
     check_that_main_loops_access_16_bytes(kernels)
+    check_that_second_stages_wait(kernels)
 
 
 def check_that_objects_link(objects, tmp_path):
@@ -155,6 +156,25 @@ def check_that_nothing_spills(kernels):
     for kernel in kernels:
         for instruction in kernel.instructions.values():
             assert not re.search(r"\b(LDL|STL)\b", instruction), kernel
+
+
+def check_that_second_stages_wait(kernels):
+    """Where they may start early: before they read or write anything, for all the first wrote."""
+    firsts = {"batch_norm_stats_kernel", "batch_norm_bwd_reduce_kernel"}
+    seconds = {
+        "batch_norm_apply_kernel",
+        "batch_norm_bwd_apply_kernel",
+        "batch_norm_moments_kernel",
+    }
+    for kernel in kernels:
+        code = list(kernel.instructions.values())
+        name, overlaps = kernel.name.removeprefix("dual "), kernel.arch != "80"
+        assert any("PREEXIT" in i for i in code) == (overlaps and name in firsts), kernel
+        waits = [n for n, i in enumerate(code) if "ACQBULK" in i]
+        assert len(waits) == (overlaps and name in seconds), kernel
+        if waits:
+            accesses = [n for n, i in enumerate(code) if re.search(r"\b(LD|ST|RED|ATOM)G?\b", i)]
+            assert waits[0] < min(accesses), kernel
 
 
 def check_that_main_loops_access_16_bytes(kernels):

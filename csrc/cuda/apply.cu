@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
     batch_norm_apply_kernel(const __grid_constant__ Tiling tiling,
                             const __grid_constant__ BatchNormForward args,
                             const __grid_constant__ Partials<S> partials) {
+  partials.wait_for_programs();
   apply_to_program<kChannelsLast, kWidth, kNorms, T>(tiling, args, partials, NothingKept<T>());
 }
 
@@ -24,9 +25,9 @@ cudaError_t apply(const BatchNormForward& args, void* workspace, cudaStream_t st
     const Tiling tiling = stage_tiling(args.view, norms).with_pitch(args.out_pitch);
     const Partials<StatisticsOf<T>> partials(workspace, stats_tiling(args.view, norms), norms);
     const dim3 grid(tiling.channel_blocks, tiling.programs);
-    batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, norms>
-        <<<grid, kThreads, 0, stream>>>(tiling, args, partials);
-    return cudaGetLastError();
+    return launch_stage<batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
+        workspace ? Follows::kStage : Follows::kAnything, grid, kThreads, stream, tiling, args,
+        partials);
   });
 }
 

@@ -39,10 +39,9 @@ std::optional<cudaError_t> one_launch(const Args& args, const Allocate& allocate
   if (!plan) return std::nullopt;
   void* workspace = allocate(plan->workspace_size(norm_count(args)));
   const cudaError_t error = launch_on_chip(args, *plan, workspace, stream);
-  if (error != cudaErrorCooperativeLaunchTooLarge && error != cudaErrorInvalidClusterSize)
-    return error;
-  cudaGetLastError();  // or the next launch would report it
-  return std::nullopt;
+  const bool refused =
+      error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize;
+  return refused ? std::nullopt : std::optional(error);
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(kThreads,
     batch_norm_bwd_apply_kernel(const __grid_constant__ Tiling tiling,
                                 const __grid_constant__ BatchNormBackward args,
                                 const __grid_constant__ Partials<S> partials) {
+  partials.wait_for_programs();
   bwd_apply_to_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, NothingKept<T>());
 }
 
@@ -24,9 +25,9 @@ cudaError_t bwd_apply(const BatchNormBackward& args, void* workspace, cudaStream
     const Tiling tiling = stage_tiling(args.view, kNorms<kind>);
     const Partials<StatisticsOf<T>> partials(workspace, tiling, kNorms<kind>);
     const dim3 grid(tiling.channel_blocks, args.dx || args.dresidual ? tiling.programs : 1);
-    batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, kind>
-        <<<grid, kThreads, 0, stream>>>(tiling, args, partials);
-    return cudaGetLastError();
+    return launch_stage<batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
+        workspace ? Follows::kStage : Follows::kAnything, grid, kThreads, stream, tiling, args,
+        partials);
   });
 }
 

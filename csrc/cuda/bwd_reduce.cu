@@ -12,6 +12,7 @@ __global__ void __launch_bounds__(kThreads,
     batch_norm_bwd_reduce_kernel(const __grid_constant__ Tiling tiling,
                                  const __grid_constant__ BatchNormBackward args,
                                  const __grid_constant__ Partials<S> partials) {
+  let_next_start();
   NothingKept<T> kept;
   bwd_reduce_of_program<kChannelsLast, kWidth, kKind, T>(tiling, args, partials, kept);
 }

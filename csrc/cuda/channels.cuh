@@ -4,6 +4,7 @@
 
 #pragma once
 
+#include "launch.cuh"
 #include "octet.cuh"
 
 namespace fusedskip::cuda {
@@ -149,6 +150,8 @@ struct Partials {
     return counts[program * tiling.channel_blocks + blockIdx.x];
   }
 
+  // What any program has left is then there.
+  __device__ void wait_for_programs() const { wait_for_previous(); }
   // Once the threads of a block have read what they need of the others.
   __device__ void have_been_read() const {}
 

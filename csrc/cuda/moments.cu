@@ -16,6 +16,7 @@ template <typename T, bool kChannelsLast, typename S = StatisticsOf<T>>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_moments_kernel(const __grid_constant__ Tiling tiling, const T* x,
                               const __grid_constant__ Partials<S> partials, S* row) {
+  partials.wait_for_programs();
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
   const int64_t own = tiling.own_channel(blockIdx.x, threadIdx.x);
   const auto moments = merge_moments<kLanes<kChannelsLast>, 1>(tiling, partials, channels);
@@ -68,10 +69,9 @@ cudaError_t moments(const BatchNormStats& args, void* workspace, cudaStream_t st
     using T = typename I::T;
     using S = StatisticsOf<T>;
     const unsigned grid = tiling.channel_blocks;
-    batch_norm_moments_kernel<T, I::kChannelsLast><<<grid, kThreads, 0, stream>>>(
-        tiling, static_cast<const T*>(args.x), Partials<S>(workspace, tiling, 1),
-        static_cast<S*>(args.moments));
-    return cudaGetLastError();
+    return launch_stage<batch_norm_moments_kernel<T, I::kChannelsLast>>(
+        Follows::kStage, grid, kThreads, stream, tiling, static_cast<const T*>(args.x),
+        Partials<S>(workspace, tiling, 1), static_cast<S*>(args.moments));
   });
 }
 

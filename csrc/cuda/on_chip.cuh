@@ -56,14 +56,8 @@ cudaError_t launch_kernel_on_chip(const OnChip& plan, cudaStream_t stream, const
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = programs > 1;
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(plan.tiling.channel_blocks, programs);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = plan.rounds * Kept::kBytesARound;
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kKernel, plan, args...);
+  return launch(kKernel, dim3(plan.tiling.channel_blocks, programs), kThreads,
+                plan.rounds * Kept::kBytesARound, stream, together, plan, args...);
 }
 
 }  // namespace fusedskip::cuda

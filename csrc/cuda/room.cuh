@@ -4,9 +4,8 @@
 
 #include <cuda_runtime.h>
 
-#include <mutex>
-
 #include "index.h"
+#include "launch.cuh"
 
 namespace fusedskip::cuda {
 
@@ -62,16 +61,9 @@ Room find_room(int device) {
           has_clusters ? std::min(cluster, kMaxCluster) : 1};
 }
 
-// Found once for each device.
 template <auto kKernel, int kBlocksAnSM>
 Room room_for() {
-  constexpr int kMaxDevices = 64;
-  static std::once_flag found[kMaxDevices];
-  static Room rooms[kMaxDevices];
-  int device;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return {};
-  std::call_once(found[device], [&] { rooms[device] = find_room<kKernel, kBlocksAnSM>(device); });
-  return rooms[device];
+  return once_a_device([](int device) { return find_room<kKernel, kBlocksAnSM>(device); });
 }
 
 }  // namespace fusedskip::cuda

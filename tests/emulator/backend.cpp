@@ -28,6 +28,7 @@ void with_workspace(Dtype dtype, Launch launch) {
   const cuda::Allocate allocate = [&](int64_t numbers) {
     const int64_t size = numbers * (dtype == Dtype::kFloat64 ? 8 : 4);
     memory.assign(kGuard + size + kGuard, 0xff);
+    emulator::lend(memory.data() + kGuard, size);
     return memory.data() + kGuard;
   };
   emulator::launches = 0;

@@ -188,6 +188,24 @@ State run_on(Block& b) {
   return b.fibers[0].state;
 }
 
+// What is lent, what it holds while it is hidden, and whether the block that runs has seen it.
+struct Lent {
+  char* memory = nullptr;
+  std::vector<char> hidden;
+  bool is_hidden = false;
+
+  void hide() {
+    // To tsan, every fiber that waits would write it.
+    if (__tsan_create_fiber) return;
+    std::memcpy(hidden.data(), memory, hidden.size());
+    std::memset(memory, 0xff, hidden.size());
+    is_hidden = true;
+  }
+  void show() {
+    if (std::exchange(is_hidden, false)) std::memcpy(memory, hidden.data(), hidden.size());
+  }
+} lent;
+
 // By kernel: bytes of dynamic shared memory, and blocks of a cluster.
 std::map<const void*, int> granted, granted_cluster;
 
@@ -225,12 +243,15 @@ std::deque<Block>& blocks_of(int threads, size_t count) {
   return blocks;
 }
 
-void launch_in_turn(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
+void launch_in_turn(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel,
+                    bool starts_early = false) {
   const Launch launch(kernel);
   for_each_block(grid, [&](dim3 index) {
     Block& only = blocks_of(threads, 1).front();
     start(only, index, shared_bytes);
+    if (starts_early) lent.hide();
     if (run_on(only) != State::kDone) fail("waits for blocks that may not have started");
+    if (lent.is_hidden) fail("does not wait for the kernel before it");
   });
 }
 
@@ -292,6 +313,11 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     launch_clusters(grid, threads, shared_bytes, call);
     return cudaSuccess;
   }
+  if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+    launch_in_turn(grid, threads, shared_bytes, call,
+                   attribute.val.programmaticStreamSerializationAllowed);
+    return cudaSuccess;
+  }
   if (!attribute.val.cooperative) {
     launch_in_turn(grid, threads, shared_bytes, call);
     return cudaSuccess;
@@ -301,6 +327,13 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   launch_together(grid, threads, shared_bytes, call);
   return cudaSuccess;
 }
+
+void lend(void* memory, size_t size) {
+  lent.memory = static_cast<char*>(memory);
+  lent.hidden.resize(size);
+}
+
+void wait_for_previous() { lent.show(); }
 
 void sync_threads() {
   meet(State::kAtBlock, block->barriers.data()[current->waits_for_block++ % 2]);
@@ -358,9 +391,15 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatusNone, cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   using namespace emulator;
   switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      return *value = 9, cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       return *value = kMultiprocessors, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:

@@ -37,6 +37,10 @@ void launch(dim3 grid, int threads, const std::function<void()>& kernel);
 // memory.
 cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel,
                    const std::function<void()>& call);
+// What the first kernel of a pair leaves to the second, which may start while the first still runs:
+// until that waits, this is NaN.
+void lend(void* memory, size_t size);
+void wait_for_previous();
 void sync_threads();
 void sync_grid();
 void arrive_at_cluster();
@@ -66,6 +70,8 @@ To bits(From from) {
 
 }  // namespace emulator
 
+inline void cudaTriggerProgrammaticLaunchCompletion() {}
+inline void cudaGridDependencySynchronize() { emulator::wait_for_previous(); }
 inline void __syncthreads() { emulator::sync_threads(); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
