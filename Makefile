@@ -66,7 +66,6 @@ gpu: OUT ?= gpu-results
 gpu:  ## build, test and measure on this machine's GPU; OUT=dir is where the results go
 	$(PYTHON) -m benchmarks.gpu '$(OUT)'
 
-# The wheel's tag is in the pattern: one that is for this Python alone fails here.
 tune: OUT ?= gpu-results
 tune: BATCH ?= 64
 tune:  ## measure on this machine's GPU where one launch beats two, BATCH images at a time
@@ -78,6 +77,7 @@ tune:  ## measure on this machine's GPU where one launch beats two, BATCH images
 choices: $(INSTALLED)  ## rewrite csrc/cuda/measured.h from what `make tune` measured
 	python -m benchmarks.choices csrc/cuda/measured.h $(wildcard $(RESULTS)/launches/*.json)
 
+# The wheel's tag is in the pattern: one that is for this Python alone fails here.
 wheel: $(INSTALLED)  ## build dist/*.tar.gz and, from it, dist/*.whl; TORCH=2.11.0 also tries that torch
 	rm -rf dist
 	python -m build --no-isolation
