@@ -43,15 +43,22 @@ def test_kernels_on_the_cpu(tmp_path):
         environment["LD_PRELOAD"] = f"{libasan} {library('libstdc++.so')}"
         environment["ASAN_OPTIONS"] = "detect_leaks=0"  # those of Python
     extension = build(tmp_path, "address" if libasan else None)
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    environment["EMULATED_EXTENSION"] = str(extension)
+    run(SELECTED, TESTS, environment)
+    # Compiled on the spot from what is meant for an older GPU.
+    environment["EMULATED_PTX_VERSION"] = "80"
+    run("cpu and (dual and not refused or test_stats)", ("test_on_chip.py", "test_synchronised_stages.py"), environment)
+
+
+def run(selected, files, environment):
     done = subprocess.run(
         [
-            *pytest_command,
-            *("-p", "tests.emulator.plugin", "-k", SELECTED),
-            *(f"tests/{name}" for name in TESTS),
+            *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-p", "tests.emulator.plugin", "-k", selected),
+            *(f"tests/{name}" for name in files),
         ],
         cwd=ROOT,
-        env=os.environ | environment | {"EMULATED_EXTENSION": str(extension)},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )

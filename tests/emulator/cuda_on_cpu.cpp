@@ -209,6 +209,13 @@ struct Lent {
 // By kernel: bytes of dynamic shared memory, and blocks of a cluster.
 std::map<const void*, int> granted, granted_cluster;
 
+// What the kernels were compiled for, as if: below 90, they would wait neither for a cluster nor
+// for the kernel before them.
+int ptx_version() {
+  const char* version = std::getenv("EMULATED_PTX_VERSION");
+  return version ? std::atoi(version) : 90;
+}
+
 int blocks_an_sm(int dynamic_bytes) {
   const int unit = 128, bytes = kReserved + kDeclared + dynamic_bytes;
   return kSharedOfSM / ((bytes + unit - 1) / unit * unit);
@@ -306,6 +313,10 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
   const dim3& grid = config.gridDim;
   const cudaLaunchAttribute& attribute = config.attrs[0];
   const bool is_shared = std::getenv("EMULATED_GPU_IS_SHARED");  // as if another process had a part
+  const bool overlaps = attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                        attribute.val.programmaticStreamSerializationAllowed;
+  if (ptx_version() < 90 && (overlaps || attribute.id == cudaLaunchAttributeClusterDimension))
+    fail("a kernel that does not wait is to wait");
   if (attribute.id == cudaLaunchAttributeClusterDimension) {
     const auto& [x, y, z] = attribute.val.clusterDim;
     const unsigned most = is_shared ? 1 : std::max(kPortableCluster, granted_cluster[kernel]);
@@ -314,8 +325,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     return cudaSuccess;
   }
   if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
-    launch_in_turn(grid, threads, shared_bytes, call,
-                   attribute.val.programmaticStreamSerializationAllowed);
+    launch_in_turn(grid, threads, shared_bytes, call, overlaps);
     return cudaSuccess;
   }
   if (!attribute.val.cooperative) {
@@ -418,7 +428,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->sharedSizeBytes = emulator::kDeclared;
-  attributes->ptxVersion = 90;
+  attributes->ptxVersion = emulator::ptx_version();
   return cudaSuccess;
 }
 
