@@ -47,7 +47,8 @@ def test_kernels_on_the_cpu(tmp_path):
     run(SELECTED, TESTS, environment)
     # Compiled on the spot from what is meant for an older GPU.
     environment["EMULATED_PTX_VERSION"] = "80"
-    run("cpu and (dual and not refused or test_stats)", ("test_on_chip.py", "test_synchronised_stages.py"), environment)
+    files = "test_on_chip.py", "test_synchronised_stages.py"
+    run("cpu and (dual and not refused or test_stats)", files, environment)
 
 
 def run(selected, files, environment):
