@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 TESTS = (
     "test_functional.py", "test_semantics.py", "test_synchronised_stages.py", "test_on_chip.py"
 )  # fmt: skip
-# Many tiles take 10 s each: the dual norm has every stage in it, and test_on_chip.py the other
-# layout. Fibers run in one order: that two runs agree says nothing.
+# Many tiles take 10 s each: the dual norm has every stage in it, and channels-first a thread has
+# several rounds in test_on_chip.py. Fibers run in one order: that two runs agree says nothing.
 SELECTED = "cpu and not two_runs and (not many_tiles or dual and channels_last)"
 
 

@@ -26,8 +26,7 @@ cudaError_t apply(const BatchNormForward& args, void* workspace, cudaStream_t st
     const Partials<StatisticsOf<T>> partials(workspace, stats_tiling(args.view, norms), norms);
     const dim3 grid(tiling.channel_blocks, tiling.programs);
     return launch_stage<batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
-        workspace ? Follows::kStage : Follows::kAnything, grid, kThreads, stream, tiling, args,
-        partials);
+        /*is_second=*/workspace != nullptr, grid, kThreads, stream, tiling, args, partials);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "batch_norm.h"
+#include "launch.cuh"
 #include "measured.h"
 #include "stages.h"
 
@@ -12,15 +13,6 @@ namespace fusedskip::cuda {
 namespace {
 
 std::atomic<Launches> launches = Launches::kMeasured;
-
-// 90 of sm_90.
-int architecture() {
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return 10 * major + minor;
-}
 
 template <typename Args>
 bool prefers_one_launch(const Args& args) {

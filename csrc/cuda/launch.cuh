@@ -55,39 +55,40 @@ auto once_a_device(Find find) {
   return results[device];
 }
 
+// 90 of sm_90.
+inline int architecture() {
+  return once_a_device([](int device) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
+  });
+}
+
 // Whether a kernel waits for the one before it: compiled for less than sm_90 it would not, though
 // the device could.
 template <auto kKernel>
 bool waits() {
-  return once_a_device([](int device) {
-    int major = 0;
+  return once_a_device([](int) {
     cudaFuncAttributes kernel{};
-    return cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major >= 9 &&
+    return architecture() >= 90 &&
            cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel)) == cudaSuccess &&
            kernel.ptxVersion >= 90;
   });
 }
 
-// What a stage comes after: the other stage of its operation, whose partial results it waits for;
-// or whatever was launched before.
-enum class Follows { kStage, kAnything };
-
-// In a graph, stages are captured as any two kernels are: others have seen captured overlaps fail
-// on sm_120 (sglang #18596), and no GPU has tried ours.
+// With or without a stage before it whose partial results it waits for. In a graph, stages are
+// captured as any two kernels are: others have seen captured overlaps fail on sm_120 (sglang
+// #18596), and no GPU has tried ours.
 template <auto kKernel, typename... Args>
-cudaError_t launch_stage(Follows follows, dim3 grid, int threads, cudaStream_t stream,
+cudaError_t launch_stage(bool is_second, dim3 grid, int threads, cudaStream_t stream,
                          const Args&... args) {
-  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  if (follows == Follows::kStage) {
-    const cudaError_t error = cudaStreamIsCapturing(stream, &capture);
-    if (error != cudaSuccess) return error;
-  }
+  cudaStreamCaptureStatus capture;
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed =
-      follows == Follows::kStage && capture == cudaStreamCaptureStatusNone && waits<kKernel>();
+      is_second && waits<kKernel>() && cudaStreamIsCapturing(stream, &capture) == cudaSuccess &&
+      capture == cudaStreamCaptureStatusNone;
   return launch(kKernel, grid, threads, /*shared_bytes=*/0, stream, overlap, args...);
 }
 

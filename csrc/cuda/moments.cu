@@ -70,7 +70,7 @@ cudaError_t moments(const BatchNormStats& args, void* workspace, cudaStream_t st
     using S = StatisticsOf<T>;
     const unsigned grid = tiling.channel_blocks;
     return launch_stage<batch_norm_moments_kernel<T, I::kChannelsLast>>(
-        Follows::kStage, grid, kThreads, stream, tiling, static_cast<const T*>(args.x),
+        /*is_second=*/true, grid, kThreads, stream, tiling, static_cast<const T*>(args.x),
         Partials<S>(workspace, tiling, 1), static_cast<S*>(args.moments));
   });
 }
