@@ -87,6 +87,11 @@ def bench_op(benchmark, measure, request, function, shape, layout, dtype, passes
             # Second: what Inductor does to running statistics would spoil the graph of eager.
             eager=runners.step("eager", function, passes, rotation),
             copy=lambda: runners.copy(next(turns)),
-            describe=lambda *seconds: {**case, "runner": runner, **figures(*seconds)},
+            describe=lambda *seconds: {
+                **case,
+                "runner": runner,
+                **figures(*seconds),
+                **runners.launched(runner, function),
+            },
             before=runners.occupy,
         )

@@ -80,6 +80,9 @@ def unavailable(name: str, device_type: str) -> str | None:
         return f"the extension fusedskip._C did not load: {ops.compiled_error}"
     if not ops.has_kernel(ops.COMPILED, name.upper()):
         return f"this installation was built without {name} kernels"
+    if name == "cuda" and torch.cuda.is_available():
+        error = importlib.import_module("fusedskip._C").cuda_error()
+        return error and f"its kernels were built for other GPUs than this one: {error}"
     return None
 
 

@@ -224,19 +224,32 @@ void check_moments(const Tiling& t) {
   }
 }
 
+// A GPU of groups of so many places for blocks: how many clusters of each size it holds at once.
+ClustersAtOnce at_once(std::initializer_list<int> groups, int most = kMaxCluster) {
+  ClustersAtOnce clusters = {};
+  for (int size = 1; size <= most; ++size)
+    for (const int places : groups) clusters[size] += places / size;
+  return clusters;
+}
+
+// An H100 as it may be: 132 SMs of three blocks each, in groups of 18, of 16 and of 10.
+const ClustersAtOnce kH100 = at_once({54, 54, 54, 54, 54, 48, 48, 30});
+
 // Clusters of which each program keeps all that is its own, as many as a GPU has places for; a GPU
 // of an H100's size, forward and backward, and a small one.
 template <bool kChannelsLast>
 void check_clusters(const View& v) {
   struct Gpu {
-    int resident, rounds, most_programs;
+    ClustersAtOnce clusters;
+    int rounds;
   };
-  for (const auto& [resident, rounds, most_programs] :
-       {Gpu{384, 21, 16}, Gpu{384, 10, 16}, Gpu{12, 2, 4}}) {
-    const auto tiling = cluster_tiling(v, resident, rounds, most_programs);
+  for (const auto& [clusters, rounds] :
+       {Gpu{kH100, 21}, Gpu{kH100, 10}, Gpu{at_once({12}, /*most=*/4), 2}}) {
+    const auto tiling = cluster_tiling(v, clusters, rounds);
     if (!tiling) continue;
     const int64_t blocks = tiling->programs * tiling->channel_blocks;
-    CHECK(tiling->programs > 1 && tiling->programs <= most_programs && 2 * blocks >= resident);
+    const int held = clusters[tiling->programs];
+    CHECK(held > 0 && 2 * tiling->channel_blocks >= held);
     CHECK(tiling->rounds(0) <= rounds);
     CHECK(!kChannelsLast || tiling->columns >= std::min<int64_t>(2, tiling->octets));
     check_grid(*tiling, blocks);
@@ -384,9 +397,10 @@ int main() {
     ++shapes;
   }
   // As the comment beside cluster_tiling has it: ResNet-50 at batch 64, in 16 bits.
-  CHECK(cluster_tiling({64, 256, 3136}, 384, 21, 16)->programs == 6);
-  CHECK(cluster_tiling({12544, 1024, 1}, 384, 21, 16)->columns == 4);
-  CHECK(cluster_tiling({12544, 1024, 1}, 384, 10, 16)->columns == 2);
-  CHECK(!cluster_tiling({200704, 256, 1}, 384, 21, 16));
+  CHECK(cluster_tiling({64, 256, 3136}, kH100, 21)->programs == 6);
+  CHECK(cluster_tiling({12544, 1024, 1}, kH100, 21)->columns == 4);
+  CHECK(cluster_tiling({12544, 1024, 1}, kH100, 10)->columns == 2);
+  CHECK(!cluster_tiling({200704, 256, 1}, kH100, 21));
+  CHECK(cluster_tiling({64, 1024, 196}, kH100, 21)->programs == 1);
   std::printf("%d shapes, %d in clusters\n", shapes, clustered);
 }

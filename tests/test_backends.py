@@ -1,5 +1,6 @@
 """Which backend a call runs on, and what is said when it cannot."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -49,6 +50,15 @@ def test_auto_on_a_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(backends, "unavailable", lambda *_: "not here")
     with pytest.warns(UserWarning, match="runs eagerly on cuda tensors"):
         assert backends._auto.__wrapped__("cuda") == "eager"
+
+
+def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
+    extension = importlib.import_module("fusedskip._C")
+    monkeypatch.setattr(extension, "cuda_error", lambda: "no kernel image", raising=False)
+    monkeypatch.setattr(backends.ops, "has_kernel", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    reason = backends.unavailable.__wrapped__("cuda", "cuda")
+    assert reason == "its kernels were built for other GPUs than this one: no kernel image"
 
 
 def test_use_backend_nests_and_restores():

@@ -1,7 +1,10 @@
 """What only a GPU can show: graphs, streams, launches, sizes, devices."""
 
 import fcntl
+import importlib
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -111,6 +114,52 @@ def test_graph_capture(backend, device, function):
         got = dict(zip(["out", *(f"d{name}" for name in leaves)], results, strict=True)) | buffers
         for name, want in run(problem.replaced(x=leaves["x"].detach(), **before)).items():
             assert torch.equal(got[name], want), name
+
+
+COLD_CAPTURE = """
+import sys, torch, fusedskip
+from fusedskip import backends
+
+x, residual = torch.randn(2, 8, 64, 14, 14, device="cuda", dtype=torch.bfloat16)
+x.requires_grad_()
+graph = torch.cuda.CUDAGraph()
+with fusedskip.use_backend("cuda"), backends.on_chip(sys.argv[1] == "one"):
+    with torch.cuda.graph(graph):
+        out = fusedskip.batch_norm_add_relu(x, residual, None, None, training=True)
+        (dx,) = torch.autograd.grad(out, x, residual)
+    graph.replay()
+    want = fusedskip.batch_norm_add_relu(x, residual, None, None, training=True)
+    assert torch.equal(out, want)
+    assert torch.equal(dx, torch.autograd.grad(want, x, residual)[0])
+"""
+
+
+@pytest.mark.parametrize("launches", ["one", "two"])
+def test_graph_capture_of_the_first_call(launches):
+    """What is asked of the device, once, may be asked then."""
+    if (reason := backends.unavailable("cuda", "cuda")) is not None:
+        pytest.skip(reason)
+    subprocess.run([sys.executable, "-c", COLD_CAPTURE, launches], check=True)
+
+
+@pytest.mark.skipif(torch.cuda.get_device_capability() < (9, 0), reason="needs sm_90 or later")
+def test_launched_as_intended():
+    """Clusters and the early start are not given up in silence."""
+    if (reason := backends.unavailable("cuda", "cuda")) is not None:
+        pytest.skip(reason)
+    extension = importlib.import_module("fusedskip._C")
+
+    def launched(shape, on_chip):
+        problem = make_problem(
+            "batch_norm_add_relu", shape, torch.bfloat16, "channels_last", "cuda"
+        )
+        with fusedskip.use_backend("cuda"), backends.on_chip(on_chip):
+            call(problem, **problem.buffers())
+        return extension.cuda_launched()
+
+    assert launched((64, 2048, 7, 7), True) == "one launch, in clusters"
+    assert launched((64, 256, 56, 56), True) == "one launch"
+    assert launched((64, 256, 56, 56), False) == "two launches, overlapping"
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

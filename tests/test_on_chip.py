@@ -18,6 +18,7 @@ if not (on_gpu or "EMULATED_EXTENSION" in os.environ):
         "needs a CUDA device; test_cuda_emulated.py runs this without", allow_module_level=True
     )
 
+extension = importlib.import_module("fusedskip._C")
 FUNCTIONS = (*NORMS, CAT)
 # Rows of whole accesses. Emulated, a part of them is kept, in registers and in shared memory: of
 # (110, 72, 4, 4) channels-last, in two blocks of channels of which the second is nearly empty, two
@@ -76,7 +77,7 @@ def test_what_it_does_not_take(device, function):
 
 def launches():
     """Of the last operation, emulated."""
-    return int(importlib.import_module("fusedskip._C").cpu_instruction_set().split(": ")[1])
+    return int(extension.cpu_instruction_set().split(": ")[1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu.py counts the launches on a GPU")
@@ -94,15 +95,34 @@ def test_one_launch_each_way(device, function, layout):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot be told to refuse")
-@pytest.mark.parametrize("shape", [(7, 64, 16, 24), (7, 128, 4, 24)], ids=["grid", "clusters"])
+@pytest.mark.parametrize(
+    ("shape", "launched"),
+    [((7, 64, 16, 24), "one launch"), ((7, 128, 4, 24), "one launch, in clusters")],
+)
 @pytest.mark.parametrize("function", NORMS)
-def test_refused_by_the_driver(device, function, shape, monkeypatch):
+def test_refused_by_the_driver(device, function, shape, launched, monkeypatch):
     """Two launches stand in, where blocks would have had to wait for each other."""
     problem = make_problem(function, shape, torch.bfloat16, "channels_last", device)
+    run(problem)
+    assert extension.cuda_launched() == launched
     monkeypatch.setenv("EMULATED_GPU_IS_SHARED", "1")
     assert_as_good_as_eager(problem)
     run(problem)
     assert launches() == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot be told to be full")
+def test_no_memory_to_load_a_kernel(device, monkeypatch):
+    """What cannot be asked about it at first is asked again."""
+    problem = make_problem("batch_norm_relu", (7, 64, 4, 8), torch.float16, "nchw", device)
+    monkeypatch.setenv("EMULATED_GPU_IS_FULL", "1")
+    assert "emulated" in extension.cuda_error()
+    run(problem)
+    assert extension.cuda_launched() == "two launches"
+    monkeypatch.delenv("EMULATED_GPU_IS_FULL")
+    assert extension.cuda_error() is None
+    run(problem)
+    assert extension.cuda_launched() == "one launch, in clusters"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

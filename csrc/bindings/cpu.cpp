@@ -41,6 +41,16 @@ PyObject* cuda_set_launches(PyObject*, PyObject* preferred) {
   if (launches == -1 && PyErr_Occurred()) return nullptr;
   return PyLong_FromLong(long(cuda::set_launches(cuda::Launches(launches))));
 }
+
+PyObject* cuda_launched(PyObject*, PyObject*) {
+  return PyUnicode_FromString(cuda::last_launched());
+}
+
+PyObject* cuda_error(PyObject*, PyObject*) {
+  const cudaError_t error = cuda::find_kernels();
+  if (error == cudaSuccess) Py_RETURN_NONE;
+  return PyUnicode_FromString(cudaGetErrorString(error));
+}
 #endif
 
 PyMethodDef methods[] = {
@@ -50,6 +60,11 @@ PyMethodDef methods[] = {
     {"cuda_set_launches", cuda_set_launches, METH_O,
      "How many launches a training pass on a GPU is: 1, where it has room for that, or 2; or 0, "
      "whichever has been measured to be faster. Returns what held before."},
+    {"cuda_launched", cuda_launched, METH_NOARGS,
+     "How the last such pass was launched: 'one launch', 'one launch, in clusters', "
+     "'two launches' or 'two launches, overlapping'."},
+    {"cuda_error", cuda_error, METH_NOARGS,
+     "Why the current GPU cannot run the kernels, which were compiled for others, or None."},
 #endif
     {nullptr, nullptr, 0, nullptr},
 };

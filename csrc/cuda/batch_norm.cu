@@ -40,6 +40,8 @@ std::optional<cudaError_t> one_launch(const Args& args, const Allocate& allocate
 
 Launches set_launches(Launches preferred) { return launches.exchange(preferred); }
 
+const char* last_launched() { return launched; }
+
 cudaError_t batch_norm(const BatchNormForward& args, const Allocate& allocate,
                        cudaStream_t stream) {
   if (!args.training) return apply(args, nullptr, stream);

@@ -17,6 +17,13 @@ namespace fusedskip::cuda {
 enum class Launches { kMeasured = 0, kOne = 1, kTwo = 2 };
 Launches set_launches(Launches);
 
+// What that came to in the last such operation, in words: for tests and benchmarks to see.
+const char* last_launched();
+
+// What keeps the current device from running the kernels: cudaErrorNoKernelImageForDevice, where
+// they were compiled for others.
+cudaError_t find_kernels();
+
 // Gives an operation memory for partial results, of so many numbers in statistics precision, until
 // what it has launched is done; or until the next call, if it asks again.
 using Allocate = std::function<void*(int64_t numbers)>;

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <optional>
 
 #include "../args.h"
@@ -185,24 +186,30 @@ constexpr Tiling stage_tiling(const View& view, int norms) {
   return Tiling(view, launch_blocks(view, norms == 1 ? kBlocks : kDualBlocks));
 }
 
-// The programs of each channel block as a cluster that keeps all of its octets, a program having
-// room for `rounds`, and a cluster for `most_programs`: however many channel blocks there are, each
-// is read once. They are cut as wide as fits, down to 32 bytes of 16-bit elements, the least that
-// is fetched whole. Nothing where the last of few blocks would leave more than half of the GPU's
-// `resident` places empty: half of them still have 24 KB an SM on their way, of the 18 KB that it
-// takes.
-constexpr std::optional<Tiling> cluster_tiling(const View& view, int64_t resident, int rounds,
-                                               int most_programs) {
+// The most blocks that are a cluster anywhere, and how many clusters of each size a GPU holds at
+// once: each lies within a group of SMs, of which some have a few less than others.
+inline constexpr int kMaxCluster = 16;
+using ClustersAtOnce = std::array<int, kMaxCluster + 1>;
+
+// The programs of each channel block as a cluster that keeps all of its octets, or one that does so
+// alone, a program having room for `rounds`: however many channel blocks there are, each is read
+// once. They are cut as wide as fits, down to 32 bytes of 16-bit elements, the least that is
+// fetched whole. Nothing where the last of few clusters would leave more than half of the GPU's
+// places empty: half of them still have 24 KB an SM on their way, of the 18 KB that it takes.
+constexpr std::optional<Tiling> cluster_tiling(const View& view, const ClustersAtOnce& at_once,
+                                               int rounds) {
   if (rounds == 0) return std::nullopt;
   for (int columns = kMaxColumns; columns >= (view.n_inner == 1 ? 2 : kMaxColumns); columns /= 2) {
     const Tiling alone(view, 1, columns);
-    const int64_t tiles = alone.rounds(0), most = std::min<int64_t>(most_programs, tiles);
-    const int64_t filling = std::min(resident / alone.channel_blocks, most);
-    for (int64_t n = std::max(ceil_div(tiles, rounds), filling); n <= most; ++n) {
-      const int64_t programs = even_programs(tiles, n);
-      const int64_t blocks = programs * alone.channel_blocks, last = blocks % resident;
-      const bool fills = last == 0 || 2 * last >= resident || blocks >= 4 * resident;
-      if (programs > 1 && fills) return Tiling(view, blocks, columns);
+    const int64_t tiles = alone.rounds(0), clusters = alone.channel_blocks;
+    const int64_t most = std::min<int64_t>(kMaxCluster, tiles);
+    int64_t n = ceil_div(tiles, rounds);
+    while (n < most && clusters <= at_once[n + 1]) ++n;
+    for (; n <= most; ++n) {
+      const int64_t programs = even_programs(tiles, n), held = at_once[programs];
+      const int64_t last = clusters % std::max<int64_t>(1, held);
+      const bool fills = last == 0 || 2 * last >= held || clusters >= 4 * held;
+      if (held > 0 && fills) return Tiling(view, programs * clusters, columns);
     }
   }
   return std::nullopt;

@@ -3,13 +3,19 @@
 //
 // There its blocks take their places as those of the first leave theirs, and wait for all of them
 // (Partials::wait_for_programs). What that hides is the way from one kernel to the next: predicted
-// 1 us a pair, where the two of a pass over (64, 512, 7, 7) in 16 bits take 4 by their bytes.
+// 1 us a pair, where the two of a pass over (64, 512, 7, 7) in 16 bits take 4 by their bytes. What
+// another thread launches between them on the same stream waits for the first and is waited for;
+// only if it too may start early, and never waits, would it undo that.
 
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <map>
 #include <mutex>
+#include <optional>
+#include <type_traits>
 
 namespace fusedskip::cuda {
 
@@ -27,6 +33,16 @@ __device__ inline void wait_for_previous() {
 #endif
 }
 
+// Of an error that is dealt with, or returned: the next launch is not to report it again.
+inline cudaError_t cleared(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+inline bool succeeds(cudaError_t error) { return cleared(error) == cudaSuccess; }
+
+// How the last operation of two stages was launched, by whatever thread.
+inline std::atomic<const char*> launched = "";
+
 template <typename... Parameters, typename... Args>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
                    cudaStream_t stream, cudaLaunchAttribute attribute, const Args&... args) {
@@ -37,30 +53,31 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
-  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
-  return error;
+  return cleared(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
-// What find(device) says of the current device, asked once for each. A lambda: it is known by its
-// type.
-template <typename Find>
-auto once_a_device(Find find) {
-  constexpr int kMaxDevices = 64;
-  static std::once_flag found[kMaxDevices];
-  static decltype(find(0)) results[kMaxDevices];
+// What find(device) says of the current device, asked once for each; and again, if it says nothing,
+// as where the GPU has had no memory left to load a kernel that it was asked about. Then it is what
+// a default one is. A lambda: it is known by its type.
+template <typename Find, typename Found = typename std::invoke_result_t<Find, int>::value_type>
+Found once_a_device(Find find) {
+  static std::mutex mutex;
+  static std::map<int, Found> results;
   int device;
-  if (cudaGetDevice(&device) != cudaSuccess || device >= kMaxDevices) return decltype(find(0)){};
-  std::call_once(found[device], [&] { results[device] = find(device); });
-  return results[device];
+  if (!succeeds(cudaGetDevice(&device))) return Found();
+  const std::lock_guard lock(mutex);
+  if (const auto known = results.find(device); known != results.end()) return known->second;
+  const std::optional<Found> found = find(device);
+  return found ? results[device] = *found : Found();
 }
 
 // 90 of sm_90.
 inline int architecture() {
-  return once_a_device([](int device) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return once_a_device([](int device) -> std::optional<int> {
+    int major, minor;
+    if (!succeeds(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) ||
+        !succeeds(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)))
+      return std::nullopt;
     return 10 * major + minor;
   });
 }
@@ -69,11 +86,11 @@ inline int architecture() {
 // the device could.
 template <auto kKernel>
 bool waits() {
-  return once_a_device([](int) {
-    cudaFuncAttributes kernel{};
-    return architecture() >= 90 &&
-           cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel)) == cudaSuccess &&
-           kernel.ptxVersion >= 90;
+  return once_a_device([](int) -> std::optional<bool> {
+    cudaFuncAttributes kernel;
+    if (!succeeds(cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel))))
+      return std::nullopt;
+    return architecture() >= 90 && kernel.ptxVersion >= 90;
   });
 }
 
@@ -84,11 +101,12 @@ template <auto kKernel, typename... Args>
 cudaError_t launch_stage(bool is_second, dim3 grid, int threads, cudaStream_t stream,
                          const Args&... args) {
   cudaStreamCaptureStatus capture;
+  const bool overlaps = is_second && succeeds(cudaStreamIsCapturing(stream, &capture)) &&
+                        capture == cudaStreamCaptureStatusNone && waits<kKernel>();
+  if (is_second) launched = overlaps ? "two launches, overlapping" : "two launches";
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed =
-      is_second && waits<kKernel>() && cudaStreamIsCapturing(stream, &capture) == cudaSuccess &&
-      capture == cudaStreamCaptureStatusNone;
+  overlap.val.programmaticStreamSerializationAllowed = overlaps;
   return launch(kKernel, grid, threads, /*shared_bytes=*/0, stream, overlap, args...);
 }
 

@@ -31,23 +31,23 @@ inline constexpr bool kHasOnChip =
 template <typename Kept, auto kKernel, int kBlocksAnSM>
 std::optional<OnChip> plan_on_chip(const View& view) {
   const Room room = room_for<kKernel, kBlocksAnSM>();
-  if (room.blocks == 0) return std::nullopt;
-  const int64_t resident = std::min(room.blocks, 128 * kBlocksAnSM);
+  const int blocks = room.clusters[1];
+  if (blocks == 0) return std::nullopt;
   const int in_shared = room.shared_bytes / Kept::kBytesARound;
   const auto rest = [](const Tiling& tiling) {
     return std::max(0, tiling.rounds(0) - Kept::kHeld);
   };
-  if (const auto tiling = cluster_tiling(view, resident, in_shared + Kept::kHeld, room.cluster))
-    return OnChip{*tiling, rest(*tiling), /*in_clusters=*/true};
-  const Tiling tiling(view, resident);
-  if (tiling.programs > 1 && tiling.programs * tiling.channel_blocks > room.blocks)
-    return std::nullopt;
+  if (const auto tiling = cluster_tiling(view, room.clusters, in_shared + Kept::kHeld))
+    return OnChip{*tiling, rest(*tiling), /*in_clusters=*/tiling->programs > 1};
+  const Tiling tiling(view, std::min(blocks, 128 * kBlocksAnSM));
+  if (tiling.programs > 1 && tiling.programs * tiling.channel_blocks > blocks) return std::nullopt;
   return OnChip{tiling, std::min(in_shared, rest(tiling)), /*in_clusters=*/false};
 }
 
 template <typename Kept, auto kKernel, typename... Args>
 cudaError_t launch_kernel_on_chip(const OnChip& plan, cudaStream_t stream, const Args&... args) {
   const unsigned programs = plan.tiling.programs;
+  launched = plan.in_clusters ? "one launch, in clusters" : "one launch";
   cudaLaunchAttribute together{};
   if (plan.in_clusters) {
     together.id = cudaLaunchAttributeClusterDimension;

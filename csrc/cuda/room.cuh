@@ -9,56 +9,65 @@
 
 namespace fusedskip::cuda {
 
-// Blocks in all that a device holds at once, every SM kBlocksAnSM of them; the bytes of shared
-// memory for each, beside what the kernel declares; and how many may be a cluster, or 1.
+// Bytes of shared memory for a block, beside what the kernel declares, where every SM holds
+// kBlocksAnSM of them; and how many blocks and clusters of blocks the device then holds at once.
 struct Room {
-  int blocks = 0, shared_bytes = 0, cluster = 1;
+  int shared_bytes = 0;
+  ClustersAtOnce clusters = {};
 };
 
+template <auto kKernel>
+int clusters_at_once(int size, int shared_bytes) {
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {1, unsigned(size), 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(1, size);
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int clusters = 0;
+  return succeeds(cudaOccupancyMaxActiveClusters(&clusters, kKernel, &config)) ? clusters : 0;
+}
+
 template <auto kKernel, int kBlocksAnSM>
-Room find_room(int device) {
+std::optional<Room> find_room(int device) {
   const auto attribute = [&](cudaDeviceAttr which) {
     int value = 0;
-    cudaDeviceGetAttribute(&value, which, device);
+    succeeds(cudaDeviceGetAttribute(&value, which, device));
     return value;
   };
-  const auto succeeds = [](cudaError_t error) {
-    if (error != cudaSuccess) cudaGetLastError();  // or the next launch would report it
-    return error == cudaSuccess;
-  };
+  if (!attribute(cudaDevAttrCooperativeLaunch)) return Room();
+  cudaFuncAttributes kernel;
+  if (!succeeds(cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel))))
+    return std::nullopt;
   constexpr int kUnit = 256;  // in which shared memory is handed out, or a multiple of that
   const int of_sm = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
             of_block = of_sm / kBlocksAnSM / kUnit * kUnit -
                        attribute(cudaDevAttrReservedSharedMemoryPerBlock),
             most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  cudaFuncAttributes kernel;
-  int shared_bytes = 0, blocks_an_sm = 0;
+  Room room;
+  room.shared_bytes = std::min(of_block, most) - int(kernel.sharedSizeBytes);
+  if (room.shared_bytes <= 0) return Room();
+  int blocks_an_sm = 0;
   const bool has_room =
-      attribute(cudaDevAttrCooperativeLaunch) &&
-      succeeds(cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(kKernel))) &&
-      (shared_bytes = std::min(of_block, most) - int(kernel.sharedSizeBytes)) > 0 &&
       succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    shared_bytes)) &&
+                                    room.shared_bytes)) &&
       succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared)) &&
       succeeds(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_an_sm, kKernel, kThreads,
-                                                             shared_bytes));
-  if (!has_room) return {};
+                                                             room.shared_bytes));
+  if (!has_room) return std::nullopt;
+  room.clusters[1] = blocks_an_sm * attribute(cudaDevAttrMultiProcessorCount);
 
-  // More than eight blocks, which any device with clusters takes, are asked for by name.
-  constexpr int kMaxCluster = 16;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(1, kMaxCluster);
-  config.blockDim = kThreads;
-  config.dynamicSmemBytes = shared_bytes;
-  int cluster = 1;
-  const bool has_clusters =
-      attribute(cudaDevAttrClusterLaunch) &&
-      kernel.ptxVersion >= 90 &&  // compiled for less, it cannot wait for its cluster
-      succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)) &&
-      succeeds(cudaOccupancyMaxPotentialClusterSize(&cluster, kKernel, &config));
-  return {blocks_an_sm * attribute(cudaDevAttrMultiProcessorCount), shared_bytes,
-          has_clusters ? std::min(cluster, kMaxCluster) : 1};
+  // Compiled for less than sm_90, a kernel cannot wait for its cluster. More than eight blocks,
+  // which any device with clusters takes, are asked for by name.
+  if (attribute(cudaDevAttrClusterLaunch) && kernel.ptxVersion >= 90 &&
+      succeeds(cudaFuncSetAttribute(kKernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1)))
+    for (int size = 2; size <= kMaxCluster; ++size)
+      room.clusters[size] = clusters_at_once<kKernel>(size, room.shared_bytes);
+  return room;
 }
 
 template <auto kKernel, int kBlocksAnSM>

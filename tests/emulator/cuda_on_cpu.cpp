@@ -208,6 +208,9 @@ struct Lent {
 
 // By kernel: bytes of dynamic shared memory, and blocks of a cluster.
 std::map<const void*, int> granted, granted_cluster;
+int largest_cluster(const void* kernel) {
+  return std::max(kPortableCluster, granted_cluster[kernel]);
+}
 
 // What the kernels were compiled for, as if: below 90, they would wait neither for a cluster nor
 // for the kernel before them.
@@ -319,7 +322,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     fail("a kernel that does not wait is to wait");
   if (attribute.id == cudaLaunchAttributeClusterDimension) {
     const auto& [x, y, z] = attribute.val.clusterDim;
-    const unsigned most = is_shared ? 1 : std::max(kPortableCluster, granted_cluster[kernel]);
+    const unsigned most = is_shared ? 1 : largest_cluster(kernel);
     if (x != 1 || y != grid.y || z != 1 || y > most) return cudaErrorInvalidClusterSize;
     launch_clusters(grid, threads, shared_bytes, call);
     return cudaSuccess;
@@ -396,6 +399,8 @@ extern "C" {
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -410,6 +415,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
       return *value = 9, cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      return *value = 0, cudaSuccess;
     case cudaDevAttrMultiProcessorCount:
       return *value = kMultiprocessors, cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
@@ -427,6 +434,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (std::getenv("EMULATED_GPU_IS_FULL")) return cudaErrorMemoryAllocation;
   attributes->sharedSizeBytes = emulator::kDeclared;
   attributes->ptxVersion = emulator::ptx_version();
   return cudaSuccess;
@@ -448,11 +456,13 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const voi
   return cudaSuccess;
 }
 
-cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, const void* kernel,
-                                                 const cudaLaunchConfig_t* config) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void* kernel,
+                                           const cudaLaunchConfig_t* config) {
   using namespace emulator;
-  if (int(config->dynamicSmemBytes) > granted[kernel]) return cudaErrorInvalidValue;
-  *size = std::max(kPortableCluster, granted_cluster[kernel]);
+  const int size = int(config->attrs[0].val.clusterDim.y), bytes = int(config->dynamicSmemBytes);
+  if (bytes > granted[kernel]) return cudaErrorInvalidValue;
+  if (size > largest_cluster(kernel)) return cudaErrorInvalidClusterSize;
+  *clusters = kMultiprocessors * blocks_an_sm(bytes) / size;
   return cudaSuccess;
 }
 

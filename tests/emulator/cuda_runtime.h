@@ -18,9 +18,9 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel* k
 }
 
 template <typename Kernel>
-cudaError_t cudaOccupancyMaxPotentialClusterSize(int* size, Kernel* kernel,
-                                                 const cudaLaunchConfig_t* config) {
-  return cudaOccupancyMaxPotentialClusterSize(size, reinterpret_cast<const void*>(kernel), config);
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel,
+                                           const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxActiveClusters(clusters, reinterpret_cast<const void*>(kernel), config);
 }
 
 template <typename... Parameters, typename... Args>
