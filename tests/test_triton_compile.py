@@ -102,7 +102,7 @@ def compile_all(capability, dtypes):
     def compile_instead(self, *args, grid, warmup, **kwargs):
         binary = run(self, *args, grid=grid, warmup=True, **kwargs)
         arguments = self.signature.bind(
-            *args, **{k: v for k, v in kwargs.items() if k != "num_warps"}
+            *args, **{k: v for k, v in kwargs.items() if k not in ("num_warps", "maxnreg")}
         )
         if binary.hash not in binaries:
             binaries[binary.hash] = {

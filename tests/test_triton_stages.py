@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fusedskip.triton_kernels import launch, ops
+import triton
+import triton.language as tl
+from fusedskip.triton_kernels import launch, ops, tile
 
 from fusedskip import triton_kernels
 
@@ -61,7 +63,8 @@ def tiles(request, monkeypatch):
             block_channels=block_channels,
             stats_positions=32,
             channel_blocks=math.ceil(view.n_channels / block_channels),
-            n_splits=min(3, math.ceil(n_positions / 32)),
+            stats_splits=min(3, math.ceil(n_positions / 32)),
+            bwd_splits=min(4, math.ceil(n_positions / 16)),
             n_programs=2,
             num_warps=1,
         )
@@ -450,6 +453,21 @@ def test_threshold_is_that_of_the_stored_value():
     )
     assert out.eq(0).all()
     assert mask.eq(0).all()
+
+
+@triton.jit
+def count_octets_kernel(counts_ptr, n, INDEX_DTYPE: tl.constexpr):
+    tl.store(counts_ptr, tile.n_octets(n))
+    tl.store(counts_ptr + 1, tile.in_octets(n, INDEX_DTYPE))
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 2**31 - 8, 2**31 - 7, 2**31 - 1, 2**31])
+def test_sizes_just_below_32_bits(n):
+    """A mask byte for the last few elements; and positions have 64 bits before they need them."""
+    counts = torch.zeros(2, dtype=torch.int64)
+    is_long = launch.plan(launch.View(1, 2, n), 2).long_index
+    count_octets_kernel[(1,)](counts, n, INDEX_DTYPE=tl.int64 if is_long else tl.int32)
+    assert counts.tolist() == [math.ceil(n / 8), math.ceil(n / 8) * 8]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import SIZES, Plan, View
+from .launch import SIZES, Plan, View, padded
 from .stats import merge_moments
 from .tile import (
+    divide,
+    in_octets,
     load_channels,
     load_last,
     mask_offsets,
@@ -75,7 +77,7 @@ def batch_norm_apply_kernel(
     # Where there is a mask, planes are padded to whole bytes of it. Tiles are taken from the last
     # to the first: the end of what stats read is still in L2. What is read for the last time leaves
     # it first, to make room for out and not in place of what is yet to be read.
-    pitch = n_inner if mask_ptr is None or CHANNELS_LAST else tl.cdiv(n_inner, 8) * 8
+    pitch = n_inner if mask_ptr is None or CHANNELS_LAST else in_octets(n_inner, INDEX_DTYPE)
     n_tiles = tl.cdiv(tl.cast(n_outer, INDEX_DTYPE) * pitch, BLOCK_POSITIONS)
     for step in range(program, n_tiles, n_programs):
         tile = n_tiles - 1 - step
@@ -121,14 +123,14 @@ def finish_statistics(
             x_ptr, partials_ptr, channels, n_splits, n_channels, n_inner, n_positions,
             dtype, STATS_POSITIONS, BLOCK_SPLITS,
         )  # fmt: skip
-        var = m2 / n_positions.to(dtype)
+        var = divide(m2, n_positions.to(dtype))
     else:
         mean = load_channels(running_mean_ptr, channels, n_channels, 0.0, dtype)
         var = load_channels(running_var_ptr, channels, n_channels, 1.0, dtype)
     rstd = tl.rsqrt(var + eps).to(dtype)  # in fp64, as eps is
     if tl.program_id(1) == 0:
         if partials_ptr is not None and running_mean_ptr is not None:
-            unbiased = m2 / tl.maximum(n_positions - 1, 1).to(dtype)
+            unbiased = divide(m2, tl.maximum(n_positions - 1, 1).to(dtype))
             update_running(running_mean_ptr, mean, momentum, channels, n_channels)
             update_running(running_var_ptr, unbiased, momentum, channels, n_channels)
         tl.store(mean_ptr + channels, mean, mask=channels < n_channels)
@@ -176,8 +178,8 @@ def apply(
     batch_norm_apply_kernel[plan.channel_blocks, plan.n_programs](
         x, residual, out, mask,
         *norm, *statistics, *(residual_norm or ABSENT), *residual_statistics,
-        plan.n_splits, *view, view.gap(out),
+        plan.stats_splits, *view, view.gap(out),
         RELU=relu, RELU_FIRST=relu_first,
-        STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=plan.block_splits,
-        **plan.constants(x),
+        STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=padded(plan.stats_splits),
+        **plan.constants(x), maxnreg=plan.max_registers,
     )  # fmt: skip

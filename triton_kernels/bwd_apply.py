@@ -15,8 +15,17 @@ import triton
 import triton.language as tl
 
 from .bwd_reduce import load_threshold
-from .launch import SIZES, Plan, View
-from .tile import load_channels, load_last, load_partials, tile_offsets, uniform, whole_vectors
+from .launch import SIZES, Plan, View, padded
+from .tile import (
+    divide,
+    in_octets,
+    load_channels,
+    load_last,
+    load_partials,
+    tile_offsets,
+    uniform,
+    whole_vectors,
+)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -72,7 +81,7 @@ def batch_norm_bwd_apply_kernel(
 
     if dx_ptr is not None or dresidual_ptr is not None:
         # From the last tile to the first: the end of what bwd_reduce read is still in L2.
-        pitch = n_inner if mask_ptr is None or CHANNELS_LAST else tl.cdiv(n_inner, 8) * 8
+        pitch = n_inner if mask_ptr is None or CHANNELS_LAST else in_octets(n_inner, INDEX_DTYPE)
         n_tiles = tl.cdiv(tl.cast(n_outer, INDEX_DTYPE) * pitch, BLOCK_POSITIONS)
         for step in range(program, n_tiles, n_programs):
             tile = n_tiles - 1 - step
@@ -121,7 +130,7 @@ def finish_sums(dbias, sum_gx, a, rstd, dweight_ptr, dbias_ptr, channels, n_chan
             tl.store(dweight_ptr + channels, dweight, mask=channels < n_channels)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + channels, dbias, mask=channels < n_channels)
-    return -a * rstd * dweight / n_positions, -a * dbias / n_positions
+    return divide(-a * rstd * dweight, n_positions), divide(-a * dbias, n_positions)
 
 
 def bwd_apply(
@@ -154,6 +163,7 @@ def bwd_apply(
         dout, x, residual, mask, dx, dresidual, partials, means,
         mean, rstd, *(None if residual is None or s is None else s[1] for s in (mean, rstd)),
         weight, bias, residual_weight, *(*dparameters, None, None)[:4],
-        plan.n_splits, *view,
-        RELU=relu, TRAINING=training, BLOCK_SPLITS=plan.block_splits, **plan.constants(dout),
+        plan.bwd_splits, *view,
+        RELU=relu, TRAINING=training, BLOCK_SPLITS=padded(plan.bwd_splits),
+        **plan.constants(dout), maxnreg=plan.max_registers,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .launch import SIZES, Plan, View
 from .tile import (
+    in_octets,
     load_channels,
     mask_offsets,
     normalise,
@@ -47,7 +48,7 @@ def batch_norm_bwd_reduce_kernel(
     if residual_ptr is not None:
         residual_mean = load_channels(residual_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
         sum_gr = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
-    pitch = n_inner if mask_ptr is None or CHANNELS_LAST else tl.cdiv(n_inner, 8) * 8
+    pitch = n_inner if mask_ptr is None or CHANNELS_LAST else in_octets(n_inner, INDEX_DTYPE)
     n_tiles = tl.cdiv(tl.cast(n_outer, INDEX_DTYPE) * pitch, BLOCK_POSITIONS)
     for tile in range(split, n_tiles, n_splits):
         offsets, valid = tile_offsets(
@@ -112,8 +113,8 @@ def bwd_reduce(
 
     With a residual it is (3, n_splits, n_channels), and mean and rstd are (2, n_channels).
     """
-    batch_norm_bwd_reduce_kernel[plan.channel_blocks, plan.n_splits](
+    batch_norm_bwd_reduce_kernel[plan.channel_blocks, plan.bwd_splits](
         dout, x, residual, mask,
         weight, bias, mean, rstd, None if residual is None else mean[1], partials,
-        *view, RELU=relu, **plan.constants(x),
+        *view, RELU=relu, **plan.constants(x), maxnreg=plan.max_registers,
     )  # fmt: skip

@@ -17,7 +17,7 @@ SIZES = ["n_splits", "n_outer", "n_channels", "n_inner"]
 WARPS = 8
 VECTOR_BYTES = 16
 VECTORS_PER_THREAD = 2  # independent 16-byte loads in flight per thread and tensor
-PROGRAMS = 512  # four for each of an H100's 132 SMs; a constant: sums do not depend on the GPU
+SMS = 128  # of an H100's 132; a constant: sums do not depend on the GPU
 MAX_SPLITS = 128  # partial results per channel, which every program of the second stage reads
 
 
@@ -76,14 +76,11 @@ class Plan:
     block_channels: int
     stats_positions: int  # a program reads one tensor: a longer tile keeps as many bytes in flight
     channel_blocks: int
-    n_splits: int  # programs per channel block in a reduction, and in stats per tensor
+    stats_splits: int  # programs per channel block and tensor in stats
+    bwd_splits: int  # programs per channel block in bwd_reduce
     n_programs: int  # programs per channel block in an apply
     num_warps: int
-
-    @property
-    def block_splits(self) -> int:
-        """The size that kernels pad n_splits to: one of two, so that there are two binaries."""
-        return 16 if self.n_splits <= 16 else MAX_SPLITS
+    max_registers: int | None  # of all kernels but stats
 
     def constants(self, x: torch.Tensor) -> dict[str, Any]:
         """The constexpr arguments and compiler options common to all kernels."""
@@ -96,6 +93,11 @@ class Plan:
             "BLOCK_CHANNELS": self.block_channels,
             "num_warps": self.num_warps,
         }
+
+
+def padded(n_splits: int) -> int:
+    """The size that kernels pad n_splits to: one of two, so that there are two binaries."""
+    return 16 if n_splits <= 16 else MAX_SPLITS
 
 
 def statistics_dtype(x: torch.Tensor) -> torch.dtype:
@@ -129,9 +131,22 @@ def plan(view: View, itemsize: int, n_norms: int = 1) -> Plan:
     stats_positions = min(2 * elements // block_channels, largest)
     threads = WARPS * 32 * block_positions * block_channels // elements
 
+    # As many programs as an SM holds at once, or the tensor would be walked through twice, and the
+    # second stage not begin with what is left in L2. In bf16 channels-last, stats takes 96
+    # registers and two norms up to 123: two fit. The others take 73 to 94, and without a spill 80
+    # if told so: three fit. Channels-first they take 40 to 50, and stats 94. fp64, which is there
+    # for gradcheck, takes what it needs, and so do accesses of single elements.
+    of_stats, of_others = (2, 3 if n_norms == 1 else 2) if channels_last else (4, 4)
+    is_held = channels_last and n_norms == 1 and vec == vector and itemsize < 8
     channel_blocks = triton.cdiv(n_channels, block_channels)
-    most = max(1, PROGRAMS // channel_blocks)
-    most_splits = min(MAX_SPLITS, max(1, most // n_norms))
+
+    def programs(per_sm: int) -> int:
+        return max(1, SMS * per_sm // channel_blocks)
+
+    def splits(positions: int, per_sm: int) -> int:
+        most = min(MAX_SPLITS, programs(per_sm))
+        return _even_share(triton.cdiv(n_positions, positions), most)
+
     return Plan(
         vec=vec,
         channels_last=channels_last,
@@ -140,9 +155,11 @@ def plan(view: View, itemsize: int, n_norms: int = 1) -> Plan:
         block_channels=block_channels,
         stats_positions=stats_positions,
         channel_blocks=channel_blocks,
-        n_splits=_even_share(triton.cdiv(n_positions, stats_positions), most_splits),
-        n_programs=_even_share(triton.cdiv(n_positions, block_positions), most),
+        stats_splits=splits(stats_positions, of_stats // n_norms),
+        bwd_splits=splits(block_positions, of_others),
+        n_programs=_even_share(triton.cdiv(n_positions, block_positions), programs(of_others)),
         num_warps=min(WARPS, max(1, threads // 32)),
+        max_registers=80 if is_held else None,
     )
 
 

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import SIZES, Plan, View
+from .launch import SIZES, Plan, View, padded
 from .stats import finite_or_zero, merge_moments
-from .tile import update_running
+from .tile import divide, update_running
 
 BLOCK_CHANNELS = 128
 
@@ -54,7 +54,7 @@ def batch_norm_merge_kernel(
         origin = tl.where(count == 0, finite_or_zero(part_mean), origin)
         total += part_count * (part_mean - origin)
         count += part_count
-    from_origin = total / count
+    from_origin = divide(total, count)
     m2 = tl.zeros([BLOCK_CHANNELS], dtype)
     for rank in range(n_ranks):
         part_mean, part_m2, part_count = load_moments(moments_ptr, rank, channels, n_channels)
@@ -65,9 +65,9 @@ def batch_norm_merge_kernel(
     if running_mean_ptr is not None:
         update_running(running_mean_ptr, mean, momentum, channels, n_channels)
     if running_var_ptr is not None:
-        update_running(running_var_ptr, m2 / (count - 1), momentum, channels, n_channels)
+        update_running(running_var_ptr, divide(m2, count - 1), momentum, channels, n_channels)
     tl.store(mean_ptr + channels, mean, mask=channels < n_channels)
-    tl.store(var_ptr + channels, m2 / count, mask=channels < n_channels)
+    tl.store(var_ptr + channels, divide(m2, count), mask=channels < n_channels)
     if tl.program_id(0) == 0:
         tl.store(count_ptr, count)
 
@@ -89,8 +89,8 @@ def moments(
     constants = plan.constants(x)
     names = "ACC_DTYPE", "INDEX_DTYPE", "BLOCK_CHANNELS", "num_warps"
     batch_norm_moments_kernel[plan.channel_blocks,](
-        x, partials, moments, plan.n_splits, *view,
-        STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=plan.block_splits,
+        x, partials, moments, plan.stats_splits, *view,
+        STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=padded(plan.stats_splits),
         **{name: constants[name] for name in names},
     )  # fmt: skip
 

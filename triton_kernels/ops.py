@@ -126,7 +126,7 @@ def _forward(
     partials = None
     with torch.cuda.device_of(x):
         if training:
-            partials = x.new_empty((*norms, 2, chosen.n_splits, view.n_channels), dtype=dtype)
+            partials = x.new_empty((*norms, 2, chosen.stats_splits, view.n_channels), dtype=dtype)
             stats(x, residual if norms else None, partials, view, chosen)
         apply(
             x, residual, out, mask if save_mask else None, view, chosen, relu, False,
@@ -215,7 +215,7 @@ def _backward(
     with torch.cuda.device_of(x):
         partials = None
         if has_dparams or (training and needs_sums and means is None):
-            shape = (2 if residual is None else 3, chosen.n_splits, view.n_channels)
+            shape = (2 if residual is None else 3, chosen.bwd_splits, view.n_channels)
             partials = x.new_empty(shape, dtype=statistics_dtype(x))
             bwd_reduce(
                 dout, x, residual, mask, weight, bias, mean, rstd, partials, view, chosen, relu
@@ -232,7 +232,7 @@ def batch_norm_stats(x: Tensor) -> Tensor:
     """Return the moments of x: means (C,), M2 (C,) and the number of elements a channel."""
     view = View.of(x)
     chosen = plan(view, x.itemsize)
-    partials = x.new_empty((2, chosen.n_splits, view.n_channels), dtype=statistics_dtype(x))
+    partials = x.new_empty((2, chosen.stats_splits, view.n_channels), dtype=statistics_dtype(x))
     row = partials.new_empty(2 * view.n_channels + 1)
     with torch.cuda.device_of(x):
         stats(x, None, partials, view, chosen)

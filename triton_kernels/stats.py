@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .launch import SIZES, Plan, View
-from .tile import load_partials, tile_offsets, whole_vectors
+from .tile import divide, load_partials, tile_offsets, whole_vectors
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -42,7 +42,7 @@ def batch_norm_stats_kernel(
     )
     x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
     first_count = tl.minimum(n_positions - split * BLOCK_POSITIONS, BLOCK_POSITIONS).to(ACC_DTYPE)
-    shift = finite_or_zero(tl.sum(x, axis=0) / first_count)
+    shift = finite_or_zero(divide(tl.sum(x, axis=0), first_count))
     deviation = tl.where(valid, x - shift[None, :], 0.0)
     total = deviation
     squares = deviation * deviation
@@ -57,7 +57,7 @@ def batch_norm_stats_kernel(
 
     count = split_counts(split, n_splits, n_positions, BLOCK_POSITIONS).to(ACC_DTYPE)
     total = tl.sum(total, axis=0)
-    from_shift = total / count
+    from_shift = divide(total, count)
     m2 = tl.sum(squares, axis=0) - total * from_shift
     m2 = tl.where(m2 < 0, 0.0, m2)
     origin = load_origin(x_ptr, channels, n_channels, n_inner, ACC_DTYPE)
@@ -76,7 +76,7 @@ def merge_moments(
     splits = tl.arange(0, BLOCK_SPLITS)
     counts = split_counts(splits, n_splits, n_positions, BLOCK_POSITIONS)
     counts = tl.where(splits < n_splits, counts, 0).to(dtype)[:, None]
-    mean = tl.sum(counts * means, axis=0) / n_positions.to(dtype)
+    mean = divide(tl.sum(counts * means, axis=0), n_positions.to(dtype))
     deviation = means - mean[None, :]
     m2s = load_partials(partials_ptr, 1, channels, n_splits, n_channels, BLOCK_SPLITS)
     m2 = tl.sum(m2s + counts * deviation * deviation, axis=0)
@@ -118,7 +118,7 @@ def stats(
     With a residual it is (2, 2, n_splits, n_channels), those of x first.
     """
     n_tensors = 1 if residual is None else 2
-    batch_norm_stats_kernel[plan.channel_blocks, n_tensors, plan.n_splits](
+    batch_norm_stats_kernel[plan.channel_blocks, n_tensors, plan.stats_splits](
         x, residual, partials, *view,
         **plan.constants(x) | {"BLOCK_POSITIONS": plan.stats_positions},
     )  # fmt: skip

@@ -16,6 +16,27 @@ def whole_vectors(n_channels, n_inner, VEC: tl.constexpr, CHANNELS_LAST: tl.cons
 
 
 @triton.jit
+def n_octets(n):
+    """ceil(n / 8) of a size, to which 7 cannot always be added in 32 bits."""
+    return (n - 1) // 8 + 1
+
+
+@triton.jit
+def in_octets(n, INDEX_DTYPE: tl.constexpr):
+    """The least multiple of 8 that is not below a size."""
+    return n_octets(tl.cast(n, INDEX_DTYPE)) * 8
+
+
+@triton.jit
+def divide(a, b):
+    """A / b, rounded to nearest: in fp32 the operator may be off by two units in the last place."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
 def tile_offsets(
     tile, channels, n_outer, n_channels, n_inner, pitch,
     BLOCK: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -50,10 +71,10 @@ def mask_offsets(
     block = tl.program_id(0).to(tl.int64)
     if CHANNELS_LAST:
         channels = block * (BLOCK_CHANNELS // 8) + tl.arange(0, BLOCK_CHANNELS // 8)
-        n_bytes = tl.cdiv(n_channels, 8)
+        n_bytes = n_octets(n_channels)
         return tile_offsets(tile, channels, n_outer, n_bytes, 1, 1, BLOCK_POSITIONS, True)
     else:
-        n_bytes = tl.cdiv(n_inner, 8)
+        n_bytes = n_octets(n_inner)
         channels = block + tl.arange(0, 1)
         return tile_offsets(
             tile, channels, n_outer, n_channels, n_bytes, n_bytes, BLOCK_POSITIONS // 8, False
