@@ -52,6 +52,12 @@ def pytest_benchmark_update_machine_info(machine_info):
     )
 
 
+def pytest_benchmark_update_commit_info(commit_info):
+    """A copy without .git learns its commit from the variable COMMIT."""
+    if "COMMIT" in os.environ:
+        commit_info["id"] = os.environ["COMMIT"]
+
+
 def pytest_benchmark_update_json(config, output_json):
     output_json["unavailable"] = runners.UNAVAILABLE
     if not config.getoption("benchmark_save_data"):  # every round: megabytes

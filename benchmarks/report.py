@@ -111,7 +111,7 @@ def describe(measured: dict) -> str:
     """On what it was measured, and with what."""
     machine = measured["machine_info"]
     return (
-        f"{machine.get('device', machine['cpu']['brand_raw'])}; torch "
+        f"{machine.get('device') or machine['cpu']['brand_raw']}; torch "
         f"{machine.get('torch', 'unknown')}; commit {measured['commit_info']['id']:.10}, "
         f"{measured['datetime']:.10}.\n{missing(measured)}"
     )

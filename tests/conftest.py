@@ -1,4 +1,7 @@
+import fcntl
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -12,6 +15,10 @@ from hypothesis import HealthCheck, settings
 import fusedskip
 
 from .support import BACKENDS, device_of, interpreted, parameter
+
+# What convolutions are compared by: cuDNN's defaults round to 10 bits, and add in any order.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
 
 # Interpreted kernels take as long as they take, and a GPU takes a second to start.
 settings.register_profile(
@@ -40,6 +47,17 @@ def compiled_backend(backend):
 @pytest.fixture
 def device(backend):
     return device_of(backend)
+
+
+@pytest.fixture
+def much_memory():
+    """24 GB of the GPU, which one test at a time takes."""
+    if torch.cuda.get_device_properties(0).total_memory < 32e9:
+        pytest.skip("needs a GPU with 32 GB of memory")
+    with (Path(tempfile.gettempdir()) / "fusedskip-much-memory").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,9 @@ from .support import CAT, FUNCTIONS, LAYOUTS, make_problem, run
 # Rows of whole vectors and not, and several splits of a reduction. Other tests have had Triton
 # compile all of these, which here would take longer than the kernels.
 CASES = [
-    *itertools.product(((9, 130), (2, 17, 3, 3), (2, 64, 4, 4)), (torch.float32, torch.bfloat16)),
+    ((9, 130), torch.float32),
+    ((2, 17, 3, 3), torch.bfloat16),
+    ((2, 64, 4, 4), torch.bfloat16),
     ((700, 11, 5, 5), torch.float32),
 ]
 # libtsan takes 0.14 s for the threads of a block. These are a few blocks of channels, two programs

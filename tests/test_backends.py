@@ -12,7 +12,7 @@ import torch
 import fusedskip
 from fusedskip import backends
 
-from .support import make_problem, run
+from .support import BACKENDS, make_problem, run
 
 
 def python(code, **environment):
@@ -139,6 +139,7 @@ def test_without_the_extension_eager_serves_and_says_so_once():
     assert "the extension fusedskip._C did not load" in output
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="backend cpu: not asked for")
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_instruction_set(capability):
     """The kernels of lesser processors, over the whole of the functional tests."""

@@ -88,7 +88,7 @@ def test_part_of_make_gpu(tmp_path):
 
     def run(program, seconds=60):
         part = gpu.Part("tests", tmp_path / "log", 0, [sys.executable, "-c", program])
-        part.run(time.monotonic() + seconds)
+        part.run(time.monotonic() + seconds + gpu.GRACE)
         return part
 
     assert run("print('= 2 passed =\\n')").last_line == "2 passed"
@@ -99,7 +99,12 @@ def test_part_of_make_gpu(tmp_path):
 
 def test_summary_of_make_gpu(tmp_path):
     log = tmp_path / "tests.txt"
-    log.write_text("FAILED test_that\n1 failed, 7 passed\n")
+    log.write_text(
+        "[gw1] [  5%] FAILED tests/test_a.py::test_that \n"
+        "[gw0] [100%] FAILED tests/test_a.py::test_this \n"
+        "FAILED tests/test_a.py::test_that - assert 0\n1 failed, 7 passed\n"
+        "========= ERROR SUMMARY: 0 errors\n"
+    )
     parts = [
         gpu.Part("tests", log, 0, [], result="failed", seconds=3, last_line="1 failed, 7 passed"),
         gpu.Part("memcheck", tmp_path / "memcheck.txt", 0, [], result="not run: no CUDA device"),
@@ -121,7 +126,8 @@ def test_summary_of_make_gpu(tmp_path):
         "| H100 | 2.11 |",
         "| tests | failed | 3 | 1 failed, 7 passed |",
         "| memcheck | not run: no CUDA device | 0 |  |",
-        "- `FAILED test_that`",
+        "\n- `FAILED tests/test_a.py::test_that - assert 0`\n"
+        "- `FAILED tests/test_a.py::test_this`\n",
         "A copy reached up to 2500 GB/s.",
         "| add_relu | 8x64 | nchw | bf16 | both | cuda | 500.0 | 2000.0 | 80% | 1.80 | 1.20 |",
     ):

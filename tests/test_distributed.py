@@ -29,6 +29,8 @@ def torchrun(n_ranks, *arguments, **options):
         *arguments,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FUSEDSKIP_BACKEND": "auto"}
+    if torch.cuda.device_count() < n_ranks:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, **options
     )

@@ -1,12 +1,9 @@
 """What only a GPU can show: graphs, streams, launches, sizes, devices."""
 
-import fcntl
 import importlib
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,17 +44,6 @@ def backend(request):
     else:
         with fusedskip.use_backend("cuda"), backends.on_chip(request.param == ON_CHIP):
             yield request.param
-
-
-@pytest.fixture
-def much_memory():
-    """24 GB of the GPU, which one test at a time takes."""
-    with (Path(tempfile.gettempdir()) / "fusedskip-much-memory").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if torch.cuda.mem_get_info()[0] < 24e9:
-            pytest.skip("needs 24 GB of GPU memory")
-        yield
-        torch.cuda.empty_cache()
 
 
 def test_auto_takes_cuda_when_built_else_triton():

@@ -126,6 +126,7 @@ def test_no_memory_to_load_a_kernel(device, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_like_two_launches(device, function, layout):

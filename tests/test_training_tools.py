@@ -135,8 +135,9 @@ def test_data_parallel(compiled_backend, device):
     x = torch.randn(2, 8, 6, 6, device=device, **fp64)
     replica = block._replicate_for_data_parallel()
     torch.testing.assert_close(replica.eval()(x), block.eval()(x))
-    wrapped = nn.DataParallel(network)
-    torch.testing.assert_close(wrapped(images(device)).shape, network(images(device)).shape)
+    if device == "cuda" or not torch.cuda.is_available():  # it takes GPUs where there are any
+        wrapped = nn.DataParallel(network)
+        torch.testing.assert_close(wrapped(images(device)).shape, network(images(device)).shape)
 
 
 @pytest.mark.gpu
