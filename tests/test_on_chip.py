@@ -118,7 +118,7 @@ def test_no_memory_to_load_a_kernel(device, monkeypatch):
     monkeypatch.setenv("EMULATED_GPU_IS_FULL", "1")
     assert "emulated" in extension.cuda_error()
     run(problem)
-    assert extension.cuda_launched() == "two launches"
+    assert "two launches" in extension.cuda_launched()
     monkeypatch.delenv("EMULATED_GPU_IS_FULL")
     assert extension.cuda_error() is None
     run(problem)

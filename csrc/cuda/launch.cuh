@@ -68,7 +68,8 @@ Found once_a_device(Find find) {
   const std::lock_guard lock(mutex);
   if (const auto known = results.find(device); known != results.end()) return known->second;
   const std::optional<Found> found = find(device);
-  return found ? results[device] = *found : Found();
+  if (found) results.emplace(device, *found);
+  return found.value_or(Found());
 }
 
 // 90 of sm_90.

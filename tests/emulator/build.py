@@ -24,6 +24,13 @@ FLAGS = [
     "-DUSE_CUDA",
 ]
 
+# Of the address sanitizer, what watches tensors and shared memory: local arrays would take as long
+# again.
+SANITIZERS = {
+    "address": ["-fsanitize=address", "--param=asan-stack=0", "--param=asan-globals=0"],
+    "thread": ["-fsanitize=thread"],
+}
+
 # A launch, and the assembly that only a GPU's compiler reads: a store, and hints about a pointer.
 LAUNCH = r"([\w:]+(?:<[^;{}]*>)?)\s*<<<(.+?), (\w+), 0, stream>>>\((.*?)\);"
 STORE = r'asm\("st\.global.*?"memory"\);'
@@ -70,7 +77,7 @@ def build(folder, sanitizer=None):
     def compiled(source):
         target = source.with_suffix(source.suffix + ".o")
         is_instrumented = sanitizer and source.suffix == ".cu"
-        instrument = [f"-fsanitize={sanitizer}", "-g1"] if is_instrumented else []
+        instrument = [*SANITIZERS[sanitizer], "-g1"] if is_instrumented else []
         subprocess.run(["c++", *flags, *instrument, "-c", source, "-o", target], check=True)
         return target
 
