@@ -147,7 +147,7 @@ def unfuse(model: Model) -> Model:
                 "what did that, a parametrization or fully_shard, is to be taken back first"
             )
     for module in fused.values():
-        module.__class__ = module.replaces  # type: ignore[assignment]
+        module.__class__ = module._fused_replaces  # type: ignore[assignment]
     return model
 
 
@@ -174,14 +174,14 @@ def _candidate(module: nn.Module, name: str) -> _Candidate | None:
         return None
     cls, type_name = FUSED[known], known.__name__
     try:
-        if not cls.applies(module):
+        if not cls._fused_applies(module):
             return None
         if isinstance(module, Fused) or type(module) is known:
-            reason = cls.refusal(module)
+            reason = cls._fused_refusal(module)
         else:
             type_name = type(module).__name__
             reason = f"it is a subclass of {known.__name__} and may compute something else"
-        plan = cls.plan_of(module) if reason is None else None
+        plan = cls._fused_plan_of(module) if reason is None else None
     except (AttributeError, KeyError) as error:
         reason, plan = f"it is not built like a {known.__name__}: {error}", None
     if plan is None:

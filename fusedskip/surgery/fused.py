@@ -25,15 +25,16 @@ class Fused(nn.Module):
     """Base of the fused classes: `class FusedX(Fused, X, forward="...")` replaces exactly `X`.
 
     The class arguments are the methods of `X` that `FusedX` overrides, with the `fingerprint` of
-    those that it is known to equal; several releases of a library are parted by spaces.
+    those that it is known to equal; several releases of a library are parted by spaces. What these
+    classes add has names that no child has: an attribute of the class would hide it.
 
     Attributes:
-        replaces: `X`.
-        changed: why this `X` is not one that is known, or None.
+        _fused_replaces: `X`.
+        _fused_changed: why this `X` is not one that is known, or None.
     """
 
-    replaces: ClassVar[type[nn.Module]]
-    changed: ClassVar[str | None]
+    _fused_replaces: ClassVar[type[nn.Module]]
+    _fused_changed: ClassVar[str | None]
 
     if TYPE_CHECKING:  # the children of X
 
@@ -42,30 +43,30 @@ class Fused(nn.Module):
     def __init_subclass__(cls, **fingerprints: str) -> None:
         super().__init_subclass__()
         if fingerprints:
-            cls.replaces = cls.__bases__[-1]
-            cls.changed = _changed(cls.replaces, fingerprints)
-            FUSED[cls.replaces] = cls
+            cls._fused_replaces = cls.__bases__[-1]
+            cls._fused_changed = _changed(cls._fused_replaces, fingerprints)
+            FUSED[cls._fused_replaces] = cls
 
     @classmethod
-    def applies(cls, module: nn.Module) -> bool:
+    def _fused_applies(cls, module: nn.Module) -> bool:
         """Whether `module`, a `replaces` or already fused, has a tail at all."""
         return True
 
     @classmethod
-    def plan_of(cls, module: nn.Module) -> Plan:
+    def _fused_plan_of(cls, module: nn.Module) -> Plan:
         """What to run of `module`, a `replaces` or already fused."""
         raise NotImplementedError
 
     @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
+    def _fused_refusal(cls, module: nn.Module) -> str | None:
         """Why `module` cannot run fused now, or None if it can."""
-        if cls.changed is not None:
-            return cls.changed
+        if cls._fused_changed is not None:
+            return cls._fused_changed
         if "forward" in module.__dict__:
             return "it has a forward of its own"
         if _has_any_global_hook():
             return "torch has a global module hook"
-        plan = cls.plan_of(module)
+        plan = cls._fused_plan_of(module)
         if (obstacle := plan.obstacle()) is not None:
             culprit, reason = obstacle
             names = {child: name for name, child in module.named_modules()}
@@ -75,54 +76,56 @@ class Fused(nn.Module):
         return None
 
     def _may_run(self, plan: Plan, x: Tensor) -> bool:
-        return self.changed is None and tails.may_run(plan, x)
+        return self._fused_changed is None and tails.may_run(plan, x)
 
 
 class FusedChain(Fused):
-    """A module that calls its children one after the other: `names`, or all of them."""
+    """A module that calls its children one after the other: `_fused_names`, or all of them."""
 
-    names: ClassVar[tuple[str, ...] | None] = None
+    _fused_names: ClassVar[tuple[str, ...] | None] = None
 
     def __init_subclass__(cls, **fingerprints: str) -> None:
         super().__init_subclass__(**fingerprints)
-        if fingerprints and cls.changed is None:
-            tails.CHAINS[cls] = tails.CHAINS[cls.replaces] = cls.names
+        if fingerprints and cls._fused_changed is None:
+            tails.CHAINS[cls] = tails.CHAINS[cls._fused_replaces] = cls._fused_names
 
     @classmethod
-    def applies(cls, module: nn.Module) -> bool:
-        present = [m for m in tails.children(module, cls.names) if m is not None]
+    def _fused_applies(cls, module: nn.Module) -> bool:
+        present = [m for m in tails.children(module, cls._fused_names) if m is not None]
         return any(tails.resembles_norm(a) and _is_activation(b) for a, b in pairwise(present))
 
     @classmethod
-    def plan_of(cls, module: nn.Module) -> Plan:
-        return tails.plan_chain(tails.children(module, cls.names))
+    def _fused_plan_of(cls, module: nn.Module) -> Plan:
+        return tails.plan_chain(tails.children(module, cls._fused_names))
 
-    def forward(self, x: Tensor) -> Tensor:
-        plan = self.plan_of(self)
-        return tails.run_chain(plan, x) if self._may_run(plan, x) else super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:  # as nn.Sequential calls it
+        plan = self._fused_plan_of(self)
+        return tails.run_chain(plan, input) if self._may_run(plan, input) else super().forward(input)
 
 
 class FusedSkip(Fused):
     """A block: `act(branch(x) + shortcut(x))`.
 
     Attributes:
-        branch, shortcut: children, called in this order; None and Identity are passed over.
-        act: the child that is called on the sum, if there is one.
-        inplace: whether eager adds in place, so that the sum has dtype and shape of the branch.
+        _fused_branch, _fused_shortcut: children, called in this order; None and Identity are passed
+            over.
+        _fused_act: the child that is called on the sum, if there is one.
+        _fused_inplace: whether eager adds in place, so that the sum has dtype and shape of the
+            branch.
     """
 
-    branch: ClassVar[tuple[str, ...]]
-    shortcut: ClassVar[tuple[str, ...]] = ()
-    act: ClassVar[str | None] = None
-    inplace: ClassVar[bool] = True
+    _fused_branch: ClassVar[tuple[str, ...]]
+    _fused_shortcut: ClassVar[tuple[str, ...]] = ()
+    _fused_act: ClassVar[str | None] = None
+    _fused_inplace: ClassVar[bool] = True
 
     @classmethod
-    def plan_of(cls, module: nn.Module) -> Plan:
-        branch = tails.children(module, cls.branch)
-        act = None if cls.act is None else module._modules[cls.act]
-        plan = tails.plan_skip(branch, tails.children(module, cls.shortcut), act)
+    def _fused_plan_of(cls, module: nn.Module) -> Plan:
+        branch = tails.children(module, cls._fused_branch)
+        act = None if cls._fused_act is None else module._modules[cls._fused_act]
+        plan = tails.plan_skip(branch, tails.children(module, cls._fused_shortcut), act)
         # What the library calls a norm must be one: it may have been folded into a convolution.
-        for name, child in zip(cls.branch, branch, strict=True):
+        for name, child in zip(cls._fused_branch, branch, strict=True):
             if child is None or not name.startswith(("bn", "norm")):
                 continue
             if not tails.resembles_norm(child):
@@ -130,9 +133,9 @@ class FusedSkip(Fused):
         return plan
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if self._may_run(plan, x):
-            return tails.run_skip(plan, x, add=Tensor.add_ if self.inplace else Tensor.add)
+            return tails.run_skip(plan, x, add=Tensor.add_ if self._fused_inplace else Tensor.add)
         return super().forward(x)
 
 

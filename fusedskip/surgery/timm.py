@@ -23,73 +23,73 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d, forward="aab01662c2e6"):
     """A norm with an activation of its own."""
 
     @classmethod
-    def applies(cls, module: Any) -> bool:
+    def _fused_applies(cls, module: Any) -> bool:
         return type(module.act) is not nn.Identity
 
     @classmethod
-    def plan_of(cls, module: Any) -> Plan:
+    def _fused_plan_of(cls, module: Any) -> Plan:
         if type(module.act) is not nn.ReLU or type(module.drop) is not nn.Identity:
             return tails.plan_chain(())
         children = [module.act, module.drop]
         return tails.plan_chain(())._replace(branch=[(module, module.act)], bypassed=children)
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if plan.branch and self._may_run(plan, x):
             return apply_norm(self, x, None, relu=True)
         return super().forward(x)
 
 
-if FusedBatchNormAct2d.changed is None:
+if FusedBatchNormAct2d._fused_changed is None:
     tails.NORMS[BatchNormAct2d] = _is_norm_alone
 
 
 class FusedConvNormAct(FusedChain, ConvNormAct, forward="db6ac5abd927"):
     """Convolution and norm; the norm brings its own activation."""
 
-    names = ("conv", "bn", "aa")
+    _fused_names = ("conv", "bn", "aa")
 
 
 class FusedDownsampleConv(FusedChain, resnetv2.DownsampleConv, forward="95f6b4f2a5e1"):
     """A projection of ResNet V2."""
 
-    names = ("conv", "norm")
+    _fused_names = ("conv", "norm")
 
 
 class FusedDownsampleAvg(FusedChain, resnetv2.DownsampleAvg, forward="2e8645cf7ffc"):
     """A projection of ResNet V2, variant D."""
 
-    names = ("pool", "conv", "norm")
+    _fused_names = ("pool", "conv", "norm")
 
 
 class FusedBasicBlock(FusedSkip, resnet.BasicBlock, forward="459b888dd004"):
     """The block of ResNet-18 and -34."""
 
-    branch = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path")
-    shortcut = ("downsample",)
-    act = "act2"
+    _fused_branch = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path")
+    _fused_shortcut = ("downsample",)
+    _fused_act = "act2"
 
 
 class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="58c1c81d9c8b"):
     """The block of ResNet-50 and up, with squeeze-and-excitation or without."""
 
-    branch = (
+    _fused_branch = (
         "conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa",
         "conv3", "bn3", "se", "drop_path",
     )  # fmt: skip
-    shortcut = ("downsample",)
-    act = "act3"
+    _fused_shortcut = ("downsample",)
+    _fused_act = "act3"
 
 
 class FusedResNet(Fused, resnet.ResNet, forward_features="b3983db7730c"):
     """The stem of a ResNet."""
 
     @classmethod
-    def plan_of(cls, module: Any) -> Plan:
+    def _fused_plan_of(cls, module: Any) -> Plan:
         return tails.plan_chain((module.conv1, module.bn1, module.act1, module.maxpool))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if not self._may_run(plan, x):
             return super().forward_features(x)
         x = tails.run_chain(plan, x)
@@ -104,23 +104,23 @@ class FusedResNet(Fused, resnet.ResNet, forward_features="b3983db7730c"):
 class FusedRegNetBottleneck(FusedSkip, regnet.Bottleneck, forward="0017c95c5740"):
     """The block of RegNet X and Y, where it has a skip connection."""
 
-    branch = ("conv1", "conv2", "se", "conv3", "drop_path")
-    shortcut = ("downsample",)
-    act = "act3"
-    inplace = False
+    _fused_branch = ("conv1", "conv2", "se", "conv3", "drop_path")
+    _fused_shortcut = ("downsample",)
+    _fused_act = "act3"
+    _fused_inplace = False
 
     @classmethod
-    def applies(cls, module: Any) -> bool:
+    def _fused_applies(cls, module: Any) -> bool:
         return module.downsample is not None
 
 
 class FusedResNetV2Bottleneck(FusedSkip, resnetv2.Bottleneck, forward="edff604fc22b"):
     """The post-activation block of ResNet V2; its first two norms bring their activations."""
 
-    branch = ("conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "drop_path")
-    shortcut = ("downsample",)
-    act = "act3"
-    inplace = False
+    _fused_branch = ("conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "drop_path")
+    _fused_shortcut = ("downsample",)
+    _fused_act = "act3"
+    _fused_inplace = False
 
 
 class FusedPreActBottleneck(Fused, resnetv2.PreActBottleneck, forward="a7bd6ec7bcb8"):
@@ -131,23 +131,23 @@ class FusedPreActBottleneck(Fused, resnetv2.PreActBottleneck, forward="a7bd6ec7b
     """
 
     @classmethod
-    def applies(cls, module: Any) -> bool:
+    def _fused_applies(cls, module: Any) -> bool:
         return not isinstance(module.norm1, BatchNormAct2d)
 
     @classmethod
-    def plan_of(cls, module: Any) -> Plan:
+    def _fused_plan_of(cls, module: Any) -> Plan:
         return tails.plan_chain(())._replace(norms=[module.norm1])
 
 
 class _FusedScales(FusedSkip):
     """A block whose middle convolutions each see what the one before them gave (Res2Net)."""
 
-    branch = ("drop_block", "conv3", "bn3", "se", "drop_path")
-    act = "relu"
+    _fused_branch = ("drop_block", "conv3", "bn3", "se", "drop_path")
+    _fused_act = "relu"
 
     @classmethod
-    def plan_of(cls, module: Any) -> Plan:
-        tail = super().plan_of(module)
+    def _fused_plan_of(cls, module: Any) -> Plan:
+        tail = super()._fused_plan_of(module)
         pairs = [(module.conv1, module.bn1), *zip(module.convs, module.bns, strict=True)]
         plans = [*(tails.plan_chain((*pair, module.relu)) for pair in pairs), tail]
         return tail._replace(
@@ -173,10 +173,10 @@ class _FusedScales(FusedSkip):
 class FusedBottle2neck(_FusedScales, res2net.Bottle2neck, forward="168a6143acc4"):
     """The block of Res2Net."""
 
-    shortcut = ("downsample",)
+    _fused_shortcut = ("downsample",)
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         return self._run_scales(plan, x, x) if self._may_run(plan, x) else super().forward(x)
 
 
@@ -184,47 +184,47 @@ class _FusedDla(FusedSkip):
     """A block whose tree may give it the shortcut."""
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if self._may_run(plan, x):
             return tails.run_skip(plan, x, shortcut)
-        return super().forward(x, shortcut, children)  # type: ignore[call-arg]
+        return self._fused_replaces.forward(self, x, shortcut, children)
 
 
 class FusedDlaBasic(_FusedDla, dla.DlaBasic, forward="5c96cf31c5ff"):
     """The block of DLA-34."""
 
-    branch = ("conv1", "bn1", "relu", "conv2", "bn2")
-    act = "relu"
+    _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+    _fused_act = "relu"
 
 
 class FusedDlaBottleneck(_FusedDla, dla.DlaBottleneck, forward="b59a497d765d"):
     """The block of DLA-60 and DLA-X."""
 
-    branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
-    act = "relu"
+    _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
+    _fused_act = "relu"
 
 
 class FusedDlaBottle2neck(_FusedScales, dla.DlaBottle2neck, forward="b9e18ad8018c"):
     """The block of DLA with Res2Net's convolutions."""
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if self._may_run(plan, x):
             return self._run_scales(plan, x, x if shortcut is None else shortcut)
-        return super().forward(x, shortcut, children)  # type: ignore[call-arg]
+        return self._fused_replaces.forward(self, x, shortcut, children)
 
 
 class FusedDlaRoot(Fused, dla.DlaRoot, forward="213e409ad18a"):
     """Where the branches of a DLA tree are joined."""
 
     @classmethod
-    def plan_of(cls, module: Any) -> Plan:
+    def _fused_plan_of(cls, module: Any) -> Plan:
         if module.shortcut:
             return tails.plan_skip((module.conv, module.bn), (), module.relu)
         return tails.plan_chain((module.conv, module.bn, module.relu))
 
     def forward(self, x_children: list[Tensor]) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if not self._may_run(plan, x_children[0]):
             return super().forward(x_children)
         x = torch.cat(x_children, 1)

@@ -20,28 +20,28 @@ from fusedskip.tails import Plan
 class FusedBasicBlock(FusedSkip, resnet.BasicBlock, forward="e469bbb0e395"):
     """The block of ResNet-18 and -34."""
 
-    branch = ("conv1", "bn1", "relu", "conv2", "bn2")
-    shortcut = ("downsample",)
-    act = "relu"
+    _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+    _fused_shortcut = ("downsample",)
+    _fused_act = "relu"
 
 
 class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="ff89db889084"):
     """The block of ResNet-50 and up, ResNeXt and Wide ResNet."""
 
-    branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
-    shortcut = ("downsample",)
-    act = "relu"
+    _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
+    _fused_shortcut = ("downsample",)
+    _fused_act = "relu"
 
 
 class FusedResNet(Fused, resnet.ResNet, _forward_impl="9c951761811f"):
     """The stem of a ResNet."""
 
     @classmethod
-    def plan_of(cls, module: Any) -> Plan:
+    def _fused_plan_of(cls, module: Any) -> Plan:
         return tails.plan_chain((module.conv1, module.bn1, module.relu, module.maxpool))
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if not self._may_run(plan, x):
             return super()._forward_impl(x)
         x = tails.run_chain(plan, x)
@@ -52,47 +52,47 @@ class FusedResNet(Fused, resnet.ResNet, _forward_impl="9c951761811f"):
 class FusedVideoBasicBlock(FusedSkip, video_resnet.BasicBlock, forward="2c3b56bf0611"):
     """The block of r3d_18, mc3_18 and r2plus1d_18."""
 
-    branch = ("conv1", "conv2")
-    shortcut = ("downsample",)
-    act = "relu"
+    _fused_branch = ("conv1", "conv2")
+    _fused_shortcut = ("downsample",)
+    _fused_act = "relu"
 
 
 class FusedVideoBottleneck(FusedSkip, video_resnet.Bottleneck, forward="46f43f90ce24"):
     """The bottleneck of video ResNets."""
 
-    branch = ("conv1", "conv2", "conv3")
-    shortcut = ("downsample",)
-    act = "relu"
+    _fused_branch = ("conv1", "conv2", "conv3")
+    _fused_shortcut = ("downsample",)
+    _fused_act = "relu"
 
 
 class FusedResBottleneckBlock(FusedSkip, regnet.ResBottleneckBlock, forward="253da56cde00"):
     """The block of RegNet X and Y."""
 
-    branch = ("f",)
-    shortcut = ("proj",)
-    act = "activation"
-    inplace = False
+    _fused_branch = ("f",)
+    _fused_shortcut = ("proj",)
+    _fused_act = "activation"
+    _fused_inplace = False
 
 
 class FusedInvertedResidual(FusedSkip, mobilenetv2.InvertedResidual, forward="aff6a950f1d0"):
     """The block of MobileNet V2, where it has a skip connection."""
 
-    branch = ("conv",)
-    inplace = False
+    _fused_branch = ("conv",)
+    _fused_inplace = False
 
     @classmethod
-    def applies(cls, module: Any) -> bool:
+    def _fused_applies(cls, module: Any) -> bool:
         return bool(module.use_res_connect)
 
 
 class FusedMNASInvertedResidual(FusedSkip, mnasnet._InvertedResidual, forward="7fe0d27cbd21"):
     """The block of MNASNet, where it has a skip connection."""
 
-    branch = ("layers",)
-    inplace = False
+    _fused_branch = ("layers",)
+    _fused_inplace = False
 
     @classmethod
-    def applies(cls, module: Any) -> bool:
+    def _fused_applies(cls, module: Any) -> bool:
         return bool(module.apply_residual)
 
 
@@ -100,12 +100,12 @@ class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b028
     """A backbone that hands out results of its layers: the stem, which it calls child by child."""
 
     @classmethod
-    def applies(cls, module: Any) -> bool:
-        plan = cls.plan_of(module)
+    def _fused_applies(cls, module: Any) -> bool:
+        plan = cls._fused_plan_of(module)
         return bool(tails.kernels(plan)) and cls._finds_layers(module, plan)
 
     @classmethod
-    def plan_of(cls, module: Any) -> Plan:
+    def _fused_plan_of(cls, module: Any) -> Plan:
         return tails.plan_chain(module.values())
 
     @staticmethod
@@ -115,7 +115,7 @@ class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b028
         return all(module[name] in results for name in module.return_layers)
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
-        plan = self.plan_of(self)
+        plan = self._fused_plan_of(self)
         if not self._may_run(plan, x) or not self._finds_layers(self, plan):
             return super().forward(x)
         names = {self[name]: out_name for name, out_name in self.return_layers.items()}

@@ -12,17 +12,17 @@ _LAYER = "cf73c25d27ae"
 
 
 class _FusedConvLayer(FusedChain):
-    names = ("convolution", "normalization", "activation")
+    _fused_names = ("convolution", "normalization", "activation")
 
 
 class _FusedShortCut(FusedChain):
-    names = ("convolution", "normalization")
+    _fused_names = ("convolution", "normalization")
 
 
 class _FusedLayer(FusedSkip):
-    branch = ("layer",)
-    shortcut = ("shortcut",)
-    act = "activation"
+    _fused_branch = ("layer",)
+    _fused_shortcut = ("shortcut",)
+    _fused_act = "activation"
 
 
 class FusedResNetConvLayer(_FusedConvLayer, resnet.ResNetConvLayer, forward=_CONV_LAYER):
