@@ -27,6 +27,9 @@ CHAINS: dict[type[nn.Module], tuple[str, ...] | None] = {nn.Sequential: None}
 # A module to call, or a norm and the ReLU that is one operation with it.
 Step = tuple[nn.Module, nn.Module | None]
 
+# The forward of what is bypassed, by exact type, as it was: a patch of the class is honoured, too.
+_FORWARDS = {kind: kind.forward for kind in (nn.ReLU, nn.Identity, *NORMS, *CHAINS)}
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -59,8 +62,13 @@ class Plan(NamedTuple):
                 return norm, f"is {type(norm).__name__}, a norm that no kernel computes"
         for module in (*self.norms, *self.bypassed):
             if not is_plain(module):
-                has_hooks = "forward" not in module.__dict__
+                has_hooks = any(module.__dict__[hooks] for hooks in _HOOKS)
                 return module, "has hooks" if has_hooks else "has a forward of its own"
+        if self.norm is not None:
+            # Eager calls the whole branch first; here the shortcut's steps are ahead of its norm.
+            after = (self.shortcut_norm, *(m for step, _ in self.shortcut for m in step.modules()))
+            if any(module is self.norm for module in after):
+                return self.norm, "is in the shortcut, too"
         return None
 
 
@@ -209,8 +217,9 @@ def resembles_norm(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nobody notices that `module.forward` is bypassed: no hooks, no patched forward."""
-    attributes = module.__dict__
-    return "forward" not in attributes and not any(attributes[hooks] for hooks in _HOOKS)
+    attributes, kind = module.__dict__, type(module)
+    is_patched = "forward" in attributes or kind.forward is not _FORWARDS.get(kind, kind.forward)
+    return not is_patched and not any(attributes[hooks] for hooks in _HOOKS)
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:

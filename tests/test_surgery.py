@@ -535,8 +535,8 @@ def test_a_changed_forward_is_refused():
     with known_classes():
 
         class FusedUpgraded(FusedSkip, Upgraded, forward="e469bbb0e395"):
-            branch = ("conv1", "bn1", "relu", "conv2", "bn2")
-            act = "relu"
+            _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+            _fused_act = "relu"
 
         block = Upgraded(4, 4)
         (row,) = fusedskip.explain(fusedskip.fuse(block))
@@ -715,3 +715,33 @@ def test_an_unknown_release_of_a_library_is_announced(monkeypatch):
     with pytest.warns(UserWarning, match="fusedskip fuses nothing of this timm: cannot import"):
         surgery._load("timm")
     surgery._load.cache_clear()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_norm_that_the_shortcut_calls_too(inside):
+    """Its running statistics see the branch first, as eager calls it."""
+    shortcut = nn.Sequential(nn.Conv2d(8, 8, 1))
+    eager = tv.resnet.BasicBlock(8, 8, downsample=shortcut)
+    shortcut.extend([eager.bn2, nn.ReLU(), nn.Conv2d(8, 8, 1)] if inside else [eager.bn2])
+    fused = copy.deepcopy(eager.double())
+    assert not fusedskip.explain(fused).rows[0].fused
+    fusedskip.fuse(fused)
+    assert "bn2 is in the shortcut, too" in {row.reason for row in fusedskip.explain(fused)}
+    x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), eager(x))
+    torch.testing.assert_close(fused.state_dict(), eager.state_dict())
+
+
+def test_a_class_that_is_patched(resnet, monkeypatch):
+    """As guided backpropagation does: eager would call what the class has now."""
+    eager, fused = resnet.eval(), fusedskip.fuse(copy.deepcopy(resnet)).eval()
+    x = torch.randn(1, 3, 33, 33, dtype=next(resnet.parameters()).dtype)
+    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x.clamp(-0.5, 0.5))
+    with torch.no_grad():
+        assert torch.equal(fused(x), eager(x))
+
+
+def test_a_sequential_takes_its_input_by_name():
+    model = fusedskip.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(model.eval()(input=x), model(x))

@@ -100,7 +100,9 @@ class FusedChain(Fused):
 
     def forward(self, input: Tensor) -> Tensor:  # as nn.Sequential calls it
         plan = self._fused_plan_of(self)
-        return tails.run_chain(plan, input) if self._may_run(plan, input) else super().forward(input)
+        if self._may_run(plan, input):
+            return tails.run_chain(plan, input)
+        return super().forward(input)
 
 
 class FusedSkip(Fused):
