@@ -3,6 +3,7 @@
 They subclass `nn.BatchNorm1d/2d/3d`: constructors, parameters, buffers, state_dicts are theirs.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,25 +44,40 @@ class _Call:
         """`relu?(bn(x) + residual?)`, and count."""
         bn, running = self._bn, (self.running_mean, self.running_var)
         if self.group is None:
-            out = functional._batch_norm(
+            return _count(
+                (self,), functional._batch_norm,
                 x, residual, *running, bn.weight, bn.bias,
                 self.training, self.momentum, bn.eps, relu,
             )  # fmt: skip
-        else:
-            out = distributed.sync_batch_norm(
-                x, residual, *running, bn.weight, bn.bias,
-                self.momentum, bn.eps, relu, self.group,
-            )  # fmt: skip
-        self.count()
-        return out
+        return _count(
+            (self,), distributed.sync_batch_norm,
+            x, residual, *running, bn.weight, bn.bias,
+            self.momentum, bn.eps, relu, self.group,
+        )  # fmt: skip
 
     def count(self) -> None:
-        """Update the counter, after the call: a refused one counts nothing."""
+        """Update the counter."""
         if self._counter is None:
             return
         self._counter.add_(1)
         for running, batch in self._averages:
             running.lerp_(batch, self._counter.to(running.dtype).reciprocal())
+
+
+def _count(calls: tuple[_Call, ...], function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """What the function returns; the calls are counted, unless it has refused its arguments."""
+    try:
+        out = function(*arguments)
+    except (TypeError, ValueError, RuntimeError):
+        raise
+    except Exception:
+        # torch.utils.checkpoint ends a recomputation when all has been saved that is needed.
+        for call in calls:
+            call.count()
+        raise
+    for call in calls:
+        call.count()
+    return out
 
 
 def apply_norm(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -74,12 +90,11 @@ def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
     call = _Call(bn, x)
     if call.group is not None:
         return torch.cat([skip, call.norm(x, None, relu=True)], dim=1)
-    out = functional.cat_batch_norm_relu(
+    return _count(
+        (call,), functional.cat_batch_norm_relu,
         x, skip, call.running_mean, call.running_var, bn.weight, bn.bias,
         call.training, call.momentum, bn.eps,
     )  # fmt: skip
-    call.count()
-    return out
 
 
 def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual: Tensor) -> Tensor:
@@ -88,14 +103,12 @@ def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual
     is_one = call.training == other.training and bn is not residual_bn  # neither alone is frozen
     if not is_one or call.group is not None or other.group is not None:
         return call.norm(x, other.norm(residual, None, relu=False), relu=True)
-    out = functional.dual_batch_norm_add_relu(
+    return _count(
+        (call, other), functional.dual_batch_norm_add_relu,
         x, residual, call.running_mean, call.running_var, other.running_mean, other.running_var,
         bn.weight, bn.bias, residual_bn.weight, residual_bn.bias,
         call.training, call.momentum, bn.eps, other.momentum, residual_bn.eps,
     )  # fmt: skip
-    call.count()
-    other.count()
-    return out
 
 
 class _BatchNormReLU(_BatchNorm):

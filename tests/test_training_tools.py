@@ -233,3 +233,20 @@ def test_peak_memory_of_a_resnet50_step(compiled_backend, device, memory_format,
     assert len(masks) == 16  # one for each block
     assert fused <= eager + sum(masks)
     assert left <= left_by_eager
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpoint_that_ends_in_a_norm(compiled_backend, device, momentum):
+    """Recomputation stops when all is saved, inside the call; torch has counted by then."""
+    x, residual = images(device), images(device)
+    states = []
+    for fused in (False, True):
+        norm = nn.BatchNorm2d(3, momentum=momentum, device=device, **fp64)
+        block = nn.Sequential(norm, nn.ReLU())
+        if fused:
+            fusedskip.fuse(block, strict=True)
+        leaf = x.clone().requires_grad_()
+        checkpoint(block, leaf, use_reentrant=False).backward(residual)
+        states.append({"dx": leaf.grad, **norm.state_dict()})
+    torch.testing.assert_close(*states)
+    assert states[0]["num_batches_tracked"] == 2
