@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedskip.backends import KERNELS
 from fusedskip.layout import dense, laid_out_like, strided
@@ -282,7 +283,8 @@ class DualBatchNorm(torch.autograd.Function):
 def _is_differentiated() -> bool:
     """Whether this backward pass has to be differentiable."""
     # torch.compile traces backward passes with gradients enabled, and never differentiates them.
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    by_backward = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return by_backward or forward_ad._current_level >= 0
 
 
 def _gated(
@@ -317,6 +319,9 @@ def _norm_gradients(
     dtype = mean.dtype  # 16-bit parameters are more than that operator takes
     dtypes = x.dtype, dtype if weight is None else weight.dtype
     scale = torch.ones_like(mean) if weight is None else weight.to(dtype)
+    # In one layout: with a dimension of size 1, torch 2.13 takes one channels-last for the other's.
+    x = dense(x)
+    g = laid_out_like(g, x)
     gradients = torch.ops.aten.native_batch_norm_backward(
         g.to(dtype), x.to(dtype), scale, mean, rstd.pow(-2), mean, rstd, training, 0.0, needed
     )

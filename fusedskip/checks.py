@@ -120,7 +120,7 @@ def check_batch_norm(
         x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     check_statistics(running_mean, running_var, training, eps)
-    if training and not synchronised and x.numel() == x.shape[1]:
+    if training and not synchronised and x.numel() == x.shape[1] > 0:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
         )

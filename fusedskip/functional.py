@@ -4,10 +4,12 @@ Shapes: activations are `(N, C, *)`, parameters and running buffers `(C,)`.
 """
 
 import warnings
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fusedskip import autograd, backends, reference
 from fusedskip.backends import KERNELS
@@ -81,11 +83,11 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     check_residual(residual, x)
     check_channel_vectors(x, bias=bias)
     needs_grad = _needs_grad(x, residual, bias)
-    backend = _choose(x, needs_grad)
+    backend = _choose(x, needs_grad, vectors=(bias,))
     if backend == "eager":
         return reference.bias_add_relu(x, residual, bias)
     if needs_grad:
-        return autograd.BiasAddReLU.apply(x, residual, bias, backend)
+        return autograd.BiasAddReLU.apply(x, _another(residual, x), bias, backend)
     x = dense(x)
     return autograd.shift(backend, x, laid_out_like(residual, x), bias, save_mask=False)[0]
 
@@ -209,8 +211,8 @@ def cat_batch_norm_relu(
     """
     check_batch_norm(x, None, running_mean, running_var, weight, bias, training, eps)
     check_skip(skip, x)
-    backend = _choose(x, _needs_grad(x, skip, weight, bias), training)
     norm = (running_mean, running_var, weight, bias, training, momentum, eps)
+    backend = _choose(x, _needs_grad(x, skip, weight, bias), training, norm[:4])
     if backend == "eager":
         return reference.cat_batch_norm_relu(x, skip, *norm)
     return autograd.CatBatchNormReLU.apply(x, skip, weight, bias, *norm[:2], *norm[4:], backend)
@@ -272,7 +274,8 @@ def dual_batch_norm_add_relu(
         raise ValueError("running_mean, residual_running_mean: expected different tensors")
     parameters = (weight, bias, residual_weight, residual_bias)
     needs_grad = _needs_grad(x, residual, *parameters)
-    backend = _choose(x, needs_grad, training)
+    running = (running_mean, running_var, residual_running_mean, residual_running_var)
+    backend = _choose(x, needs_grad, training, (*parameters, *running))
     if backend == "eager":
         return reference.dual_batch_norm_add_relu(
             x, residual, running_mean, running_var, residual_running_mean, residual_running_var,
@@ -281,7 +284,7 @@ def dual_batch_norm_add_relu(
         )  # fmt: skip
     if needs_grad:
         return autograd.DualBatchNorm.apply(
-            x, residual, *parameters,
+            x, _another(residual, x), *parameters,
             running_mean, running_var, residual_running_mean, residual_running_var,
             training, momentum, eps, residual_momentum, residual_eps, backend,
         )  # fmt: skip
@@ -301,7 +304,7 @@ def _add_relu(x: Tensor, residual: Tensor, relu_first: bool) -> Tensor:
     if backend == "eager":
         return (reference.relu_add if relu_first else reference.add_relu)(x, residual)
     if needs_grad:
-        return autograd.AddReLU.apply(x, residual, relu_first, backend)
+        return autograd.AddReLU.apply(x, _another(residual, x), relu_first, backend)
     x = dense(x)
     return KERNELS[backend].add_relu(x, laid_out_like(residual, x), relu_first, False)[0]
 
@@ -320,14 +323,14 @@ def _batch_norm(
 ) -> Tensor:
     check_batch_norm(x, residual, running_mean, running_var, weight, bias, training, eps)
     needs_grad = _needs_grad(x, residual, weight, bias)
-    backend = _choose(x, needs_grad, training)
+    backend = _choose(x, needs_grad, training, (running_mean, running_var, weight, bias))
     if backend == "eager":
         return reference.batch_norm(
             x, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
         )
     if needs_grad:
         return autograd.BatchNorm.apply(
-            x, residual, weight, bias, running_mean, running_var,
+            x, _another(residual, x), weight, bias, running_mean, running_var,
             training, momentum, eps, relu, backend,
         )  # fmt: skip
     x = dense(x)
@@ -335,6 +338,11 @@ def _batch_norm(
     return KERNELS[backend].batch_norm(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, False
     )[0]
+
+
+def _another(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    """`residual`; under dynamo another one than `x`: it gives no Function a tensor twice."""
+    return x.view_as(x) if residual is x and torch.compiler.is_compiling() else residual
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -345,16 +353,25 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _choose(x: Tensor, needs_grad: bool, training: bool = False) -> str:
+def _choose(
+    x: Tensor, needs_grad: bool, training: bool = False, vectors: Iterable[Tensor | None] = ()
+) -> str:
     """The backend of a call: `eager` too where torch's own operators are what is wanted."""
     backend = backends.select(x)
     if torch.compiler.is_compiling():
         # What torch.export makes is to run without fusedskip. An evaluation is pointwise: Inductor
-        # fuses it with its neighbours, too.
-        plain = _is_exporting() or not (training or needs_grad)
+        # fuses it with its neighbours, too. A gradient that is itself part of the graph may have to
+        # be differentiated.
+        is_differentiated = getattr(torch._dynamo.config, "trace_autograd_ops", False)
+        plain = _is_exporting() or is_differentiated or not (training or needs_grad)
     else:
-        plain = torch._C._is_tracing() or _is_transformed()
-    return "eager" if plain or x.numel() == 0 else backend
+        plain = torch._C._is_tracing()
+    plain = plain or is_transformed() or x.numel() == 0
+    for vector in vectors:
+        if vector is not None and not vector.is_contiguous():
+            _warn_of_strides()
+            plain = True
+    return "eager" if plain else backend
 
 
 # Called by dynamo while it traces: by its own answer, torch 2.11 exports whatever it compiles.
@@ -363,9 +380,11 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def _is_transformed() -> bool:
-    """Whether the call is inside `torch.func.grad`, `vmap` or another transform."""
-    if not torch._C._are_functorch_transforms_active():
+# Under dynamo the answer is that while it traces, and it guards on what that is.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Whether the call is inside `torch.func.grad`, `vmap` or forward-mode differentiation."""
+    if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
         return False
     _warn_of_transforms()
     return True
@@ -373,4 +392,16 @@ def _is_transformed() -> bool:
 
 @cache
 def _warn_of_transforms() -> None:
-    warnings.warn("fusedskip runs eagerly inside the transforms of torch.func", stacklevel=2)
+    warnings.warn(
+        "fusedskip runs eagerly inside the transforms of torch.func and forward-mode "
+        "differentiation",
+        stacklevel=2,
+    )
+
+
+@cache
+def _warn_of_strides() -> None:
+    warnings.warn(
+        "fusedskip runs eagerly where parameters or running statistics are not contiguous",
+        stacklevel=2,
+    )

@@ -1,5 +1,7 @@
 """Dense tensors: what kernels take, made of any strided tensor."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def dense(x: Tensor) -> Tensor:
         return x
     # A slice of a channels-last tensor stays one, as in F.batch_norm.
     strides = [x.stride(d) for d in (0, *range(2, x.dim()), 1)]
-    channels_last = strides[-1] == 1 and strides == sorted(strides, reverse=True)
+    channels_last = strides[-1] == 1 and all(a >= b for a, b in pairwise(strides))
     channels_last = channels_last and strides[-2] >= x.shape[1]
     return x.contiguous(memory_format=memory_format if channels_last else torch.contiguous_format)
 

@@ -167,3 +167,51 @@ def test_network_that_is_fused_after_it_was_compiled(compiled_backend, device):
     fusedskip.fuse(network)
     compiled(x)
     assert [len(graphs.namespaces([graph])) for graph in graphs.forward] == [1, 2]
+
+
+@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu"])
+def test_residual_that_is_x(compiled_backend, device, function):
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device)
+    statistics = {} if function == "add_relu" else {"running_mean": None, "running_var": None}
+    options = statistics and {**statistics, "training": True}
+
+    def tail(x):
+        return getattr(fusedskip, function)(x, x, **options)
+
+    gradients = []
+    for run_tail in (tail, torch.compile(tail, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        run_tail(leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_channels_last_slice_of_any_size(compiled_backend, device):
+    wide = torch.randn(2, 8, 6, 6, device=device).to(memory_format=torch.channels_last)
+
+    def tail(wide):
+        return fusedskip.batch_norm_relu(wide[:, :4], None, None, training=True)
+
+    leaf = wide.requires_grad_()
+    compiled = torch.compile(tail, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(leaf), tail(leaf))
+
+
+def test_gradients_inside_the_graph_are_differentiated(compiled_backend, device, monkeypatch):
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this torch does not trace autograd.grad")
+    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
+    x = torch.randn(4, 3, 6, 6, dtype=torch.float64, device=device)
+
+    def penalty(weight):
+        leaf = x.clone().requires_grad_()
+        out = fusedskip.batch_norm_relu(leaf, None, None, weight, training=True)
+        (dx,) = torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+        return dx.square().sum()
+
+    gradients = []
+    for run_penalty in (penalty, torch.compile(penalty, backend="aot_eager")):
+        weight = torch.rand(3, dtype=torch.float64, device=device).fill_(0.7).requires_grad_()
+        run_penalty(weight).backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)

@@ -108,3 +108,20 @@ def test_residual_alone_is_differentiated(backend, device):
     (dresidual,) = torch.autograd.grad(out.square().sum(), residual, create_graph=True)
     (second,) = torch.autograd.grad(dresidual.sum(), residual)
     torch.testing.assert_close(second, 2 * (out > 0).double())
+
+
+def test_gradient_of_another_layout_where_a_dimension_is_1(compiled_backend, device):
+    """With create_graph: torch's own norm takes such strides for another layout."""
+    x = torch.randn(2, 8, 9, 1, dtype=torch.float64, device=device).permute(0, 2, 3, 1)
+    residual, dout = torch.randn(2, 2, 9, 1, 8, dtype=torch.float64, device=device)
+    residual.requires_grad_()
+    gradients = [
+        torch.autograd.grad(
+            fusedskip.dual_batch_norm_add_relu(
+                x, residual, None, None, None, None, training=True
+            ),
+            residual, dout, create_graph=create_graph,
+        )[0]
+        for create_graph in (False, True)
+    ]  # fmt: skip
+    torch.testing.assert_close(*gradients)

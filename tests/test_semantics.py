@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fusedskip
+from fusedskip import backends, functional
 
 from .support import (
     CAT,
@@ -304,3 +305,42 @@ def test_threads_do_not_change_a_bit(function, layout, shape):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(other[name], results[0][name]) for name in other)
+
+
+@pytest.mark.filterwarnings("default:fusedskip runs eagerly")
+@pytest.mark.parametrize("function", ["bias_add_relu", *NORMS, CAT])
+def test_vectors_that_are_not_contiguous(backend, device, function):
+    """As in eager mode, which stands in for the kernels; what lies between is left alone."""
+    functional._warn_of_strides.cache_clear()
+    problem = make_problem(function, (3, 4, 2, 3), torch.float64, device=device)
+
+    def spread(vector):
+        if vector is None or vector.dim() > 1:
+            return vector
+        return torch.stack([vector, torch.full_like(vector, 7)], 1)[:, 0]
+
+    strided = problem.map(spread)
+    leaves, buffers = strided.leaves(), {n: spread(t) for n, t in strided.buffers().items()}
+    with pytest.warns(UserWarning, match="parameters or running statistics are not contiguous"):
+        out = call(strided, **leaves, **buffers)
+    out.backward(problem.dout)
+    want = run(problem)
+    got = {"out": out, **{f"d{name}": leaf.grad for name, leaf in leaves.items()}, **buffers}
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value)
+    for buffer in buffers.values():
+        assert torch.as_strided(buffer, (4,), (2,), 1).eq(7).all()
+
+
+def test_the_raw_operators_refuse_them(backend, device):
+    if backend == "eager":
+        pytest.skip("it has no operators")
+    x, vector = torch.randn(3, 4, 2, 3, device=device), torch.ones(4, 2, device=device)[:, 0]
+    norm = (None, None, None, None)
+    operators = backends.KERNELS[backend]
+    for index in range(4):
+        given = (*norm[:index], vector, *norm[index + 1 :])
+        if index > 1:
+            given = (*norm[:2], vector, vector)
+        with pytest.raises(RuntimeError, match="contiguous"):
+            operators.batch_norm(x, None, *given, True, 0.1, 1e-5, True, False)

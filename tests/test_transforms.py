@@ -5,7 +5,17 @@ import warnings
 
 import pytest
 import torch
-from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
+from torch.autograd import forward_ad
+from torch.func import (
+    functional_call,
+    grad,
+    hessian,
+    jacrev,
+    jvp,
+    linearize,
+    stack_module_state,
+    vmap,
+)
 
 import fusedskip
 from fusedskip import functional
@@ -107,3 +117,53 @@ def test_says_once_that_it_runs_eagerly(compiled_backend, device):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         transform()
+
+
+@pytest.mark.parametrize("function", ["batch_norm_relu", "batch_norm_add", "batch_norm_add_relu"])
+def test_compiled_grad(compiled_backend, device, function):
+    """Dynamo traces into a transform, where nothing says that a gradient is needed."""
+    torch._dynamo.reset()
+    x, y = torch.randn(2, 4, 3, 5, 5, device=device)
+    weight, bias = torch.rand(2, 3, device=device)
+
+    def loss(weight):
+        tensors = (x, None, None, weight, bias) if "add" not in function else (x, y, None, None)
+        options = {} if "add" not in function else {"weight": weight, "bias": bias}
+        out = getattr(fusedskip, function)(*tensors, **options, training=True)
+        return out.square().sum()
+
+    torch.testing.assert_close(torch.compile(grad(loss))(weight), grad(loss)(weight))
+    batch = torch.stack([weight, 2 * weight])
+    torch.testing.assert_close(torch.compile(vmap(loss))(batch), vmap(loss)(batch))
+
+
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")  # torch.func.linearize
+@pytest.mark.parametrize("training", [True, False])
+def test_forward_mode(compiled_backend, device, training):
+    x, tangent = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64, device=device)
+    mean, var = torch.zeros(3, device=device).double(), torch.ones(3, device=device).double()
+
+    def tail(x):
+        return fusedskip.batch_norm_relu(x, mean.clone(), var.clone(), training=training)
+
+    want = jvp(tail, (x,), (tangent,))[1]
+    assert want.abs().sum() > 1
+    for leaf in (x, x.clone().requires_grad_()):
+        with forward_ad.dual_level():
+            got = forward_ad.unpack_dual(tail(forward_ad.make_dual(leaf, tangent))).tangent
+        torch.testing.assert_close(got.detach(), want)
+    torch.testing.assert_close(linearize(tail, x)[1](tangent), want)
+
+
+@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu"])
+def test_forward_mode_over_backward(compiled_backend, device, function):
+    """A backward pass is linear in what it is given, and so are its tangents."""
+    x = torch.randn(4, 3, 5, 5, dtype=torch.float64, device=device, requires_grad=True)
+    dout, tangent = torch.randn(2, 4, 3, 5, 5, dtype=torch.float64, device=device)
+    statistics = () if function == "add_relu" else (x.new_zeros(3), x.new_ones(3))
+    out = getattr(fusedskip, function)(x, dout, *statistics)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(dout, tangent)
+        (dx,) = torch.autograd.grad(out, x, dual, retain_graph=True)
+        got = forward_ad.unpack_dual(dx).tangent
+    torch.testing.assert_close(got, torch.autograd.grad(out, x, tangent)[0])

@@ -115,6 +115,8 @@ def _forward(
     save_mask: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for given in (norm, residual_norm or ()):
+        _check_contiguous(*given[:4])
     view = View.of(x)
     norms = () if residual_norm is None else (2,)
     chosen = plan(view, x.itemsize, 1 if residual_norm is None else 2)
@@ -202,6 +204,7 @@ def _backward(
     means: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The residual is given where it is normalised, and means where x is a part of the batch."""
+    _check_contiguous(*parameters)
     view = View.of(x)
     chosen = plan(view, x.itemsize, 1 if residual is None else 2)
     dx = torch.empty_like(x) if need_dx else None
@@ -247,6 +250,7 @@ def batch_norm_merge(
 
     Updates the running buffers.
     """
+    _check_contiguous(running_mean, running_var)
     mean = moments.new_empty(moments.shape[1] // 2)
     var, count = torch.empty_like(mean), moments.new_empty(1)
     with torch.cuda.device_of(moments):
@@ -276,3 +280,8 @@ def batch_norm_backward_apply(
         need_dx, need_dresidual, False, means,
     )  # fmt: skip
     return dx, dresidual
+
+
+def _check_contiguous(*vectors: Tensor | None) -> None:
+    if any(vector is not None and not vector.is_contiguous() for vector in vectors):
+        raise RuntimeError("parameters, running statistics: expected contiguous vectors")
