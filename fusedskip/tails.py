@@ -28,7 +28,8 @@ CHAINS: dict[type[nn.Module], tuple[str, ...] | None] = {nn.Sequential: None}
 Step = tuple[nn.Module, nn.Module | None]
 
 # The forward of what is bypassed, by exact type, as it was: a patch of the class is honoured, too.
-_FORWARDS = {kind: kind.forward for kind in (nn.ReLU, nn.Identity, *NORMS, *CHAINS)}
+_PLAIN: tuple[type[nn.Module], ...] = (nn.ReLU, nn.Identity, *NORMS, *CHAINS)
+_FORWARDS = {kind: kind.forward for kind in _PLAIN}
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
