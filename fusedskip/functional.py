@@ -366,7 +366,7 @@ def _choose(
         plain = _is_exporting() or is_differentiated or not (training or needs_grad)
     else:
         plain = torch._C._is_tracing()
-    plain = plain or is_transformed() or x.numel() == 0
+    plain = plain or _is_transformed() or x.numel() == 0
     for vector in vectors:
         if vector is not None and not vector.is_contiguous():
             _warn_of_strides()
@@ -382,7 +382,7 @@ def _is_exporting() -> bool:
 
 # Under dynamo the answer is that while it traces, and it guards on what that is.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def is_transformed() -> bool:
+def _is_transformed() -> bool:
     """Whether the call is inside `torch.func.grad`, `vmap` or forward-mode differentiation."""
     if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
         return False

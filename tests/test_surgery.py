@@ -745,3 +745,13 @@ def test_a_sequential_takes_its_input_by_name():
     model = fusedskip.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
     x = torch.randn(2, 3, 4, 4)
     assert torch.equal(model.eval()(input=x), model(x))
+
+
+@pytest.mark.parametrize("act", [nn.Identity, nn.ReLU, nn.SiLU])
+def test_res2net_with_another_activation(act):
+    eager = timm.create_model("res2net50_26w_4s", num_classes=10).double().eval().layer1[0]
+    eager.relu = act()
+    fused = fusedskip.fuse(copy.deepcopy(eager), strict=True)
+    x = torch.randn(1, 64, 9, 9, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), eager(x))

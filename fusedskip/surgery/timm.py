@@ -157,7 +157,8 @@ class _FusedScales(FusedSkip):
         )
 
     def _run_scales(self, plan: Plan, x: Tensor, skip: Tensor) -> Tensor:
-        width = 2 if plan.relu else 3  # steps a convolution with its norm and activation
+        # Steps a convolution with its norm and activation.
+        width = 2 if plan.relu or type(self.relu) is nn.Identity else 3
         steps = [plan.branch[i : i + width] for i in range(0, len(plan.branch), width)]
         parts = torch.split(tails.run_steps(steps[0], x), self.width, 1)
         outs: list[Tensor] = []
