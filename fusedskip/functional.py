@@ -366,12 +366,13 @@ def _choose(
         plain = _is_exporting() or is_differentiated or not (training or needs_grad)
     else:
         plain = torch._C._is_tracing()
-    plain = plain or _is_transformed() or x.numel() == 0
+    if plain or x.numel() == 0 or _is_transformed():
+        return "eager"
     for vector in vectors:
         if vector is not None and not vector.is_contiguous():
             _warn_of_strides()
-            plain = True
-    return "eager" if plain else backend
+            return "eager"
+    return backend
 
 
 # Called by dynamo while it traces: by its own answer, torch 2.11 exports whatever it compiles.
@@ -386,22 +387,15 @@ def _is_transformed() -> bool:
     """Whether the call is inside `torch.func.grad`, `vmap` or forward-mode differentiation."""
     if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
         return False
-    _warn_of_transforms()
+    _warn("inside the transforms of torch.func and forward-mode differentiation")
     return True
 
 
-@cache
-def _warn_of_transforms() -> None:
-    warnings.warn(
-        "fusedskip runs eagerly inside the transforms of torch.func and forward-mode "
-        "differentiation",
-        stacklevel=2,
-    )
-
-
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _warn_of_strides() -> None:
-    warnings.warn(
-        "fusedskip runs eagerly where parameters or running statistics are not contiguous",
-        stacklevel=2,
-    )
+    _warn("where parameters or running statistics are not contiguous")
+
+
+@cache
+def _warn(where: str) -> None:
+    warnings.warn(f"fusedskip runs eagerly {where}", stacklevel=2)

@@ -215,3 +215,15 @@ def test_gradients_inside_the_graph_are_differentiated(compiled_backend, device,
         run_penalty(weight).backward()
         gradients.append(weight.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.filterwarnings("ignore:fusedskip runs eagerly where parameters")
+def test_vectors_that_are_not_contiguous(compiled_backend, device):
+    x, vectors = torch.randn(2, 3, 4, 4, device=device), torch.rand(3, 2, device=device)
+
+    def tail(x, vectors):
+        return fusedskip.batch_norm_relu(x, None, None, *vectors.unbind(1), training=True)
+
+    leaf = vectors.requires_grad_()
+    compiled = torch.compile(tail, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, leaf), tail(x, leaf))
