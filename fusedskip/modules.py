@@ -44,12 +44,12 @@ class _Call:
         """`relu?(bn(x) + residual?)`, and count."""
         bn, running = self._bn, (self.running_mean, self.running_var)
         if self.group is None:
-            return _count(
+            return _run_and_count(
                 (self,), functional._batch_norm,
                 x, residual, *running, bn.weight, bn.bias,
                 self.training, self.momentum, bn.eps, relu,
             )  # fmt: skip
-        return _count(
+        return _run_and_count(
             (self,), distributed.sync_batch_norm,
             x, residual, *running, bn.weight, bn.bias,
             self.momentum, bn.eps, relu, self.group,
@@ -64,7 +64,9 @@ class _Call:
             running.lerp_(batch, self._counter.to(running.dtype).reciprocal())
 
 
-def _count(calls: tuple[_Call, ...], function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def _run_and_count(
+    calls: tuple[_Call, ...], function: Callable[..., Tensor], *arguments: Any
+) -> Tensor:
     """What the function returns; the calls are counted, unless it has refused its arguments."""
     try:
         out = function(*arguments)
@@ -90,7 +92,7 @@ def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
     call = _Call(bn, x)
     if call.group is not None:
         return torch.cat([skip, call.norm(x, None, relu=True)], dim=1)
-    return _count(
+    return _run_and_count(
         (call,), functional.cat_batch_norm_relu,
         x, skip, call.running_mean, call.running_var, bn.weight, bn.bias,
         call.training, call.momentum, bn.eps,
@@ -103,7 +105,7 @@ def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual
     is_one = call.training == other.training and bn is not residual_bn  # neither alone is frozen
     if not is_one or call.group is not None or other.group is not None:
         return call.norm(x, other.norm(residual, None, relu=False), relu=True)
-    return _count(
+    return _run_and_count(
         (call, other), functional.dual_batch_norm_add_relu,
         x, residual, call.running_mean, call.running_var, other.running_mean, other.running_var,
         bn.weight, bn.bias, residual_bn.weight, residual_bn.bias,

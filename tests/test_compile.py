@@ -172,8 +172,8 @@ def test_network_that_is_fused_after_it_was_compiled(compiled_backend, device):
 @pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu"])
 def test_residual_that_is_x(compiled_backend, device, function):
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device)
-    statistics = {} if function == "add_relu" else {"running_mean": None, "running_var": None}
-    options = statistics and {**statistics, "training": True}
+    norm = function == "batch_norm_add_relu"
+    options = {"running_mean": None, "running_var": None, "training": True} if norm else {}
 
     def tail(x):
         return getattr(fusedskip, function)(x, x, **options)
@@ -211,7 +211,7 @@ def test_gradients_inside_the_graph_are_differentiated(compiled_backend, device,
 
     gradients = []
     for run_penalty in (penalty, torch.compile(penalty, backend="aot_eager")):
-        weight = torch.rand(3, dtype=torch.float64, device=device).fill_(0.7).requires_grad_()
+        weight = torch.full((3,), 0.7, dtype=torch.float64, device=device, requires_grad=True)
         run_penalty(weight).backward()
         gradients.append(weight.grad)
     torch.testing.assert_close(*gradients)

@@ -21,6 +21,7 @@ import fusedskip
 from fusedskip import functional
 
 from .networks import skip_network, twins
+from .support import CAT, NORMS, call, make_problem
 
 pytestmark = pytest.mark.filterwarnings("ignore:fusedskip runs eagerly inside the transforms")
 
@@ -119,18 +120,16 @@ def test_says_once_that_it_runs_eagerly(compiled_backend, device):
         transform()
 
 
-@pytest.mark.parametrize("function", ["batch_norm_relu", "batch_norm_add", "batch_norm_add_relu"])
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_compiled_grad(compiled_backend, device, function):
     """Dynamo traces into a transform, where nothing says that a gradient is needed."""
     torch._dynamo.reset()
-    x, y = torch.randn(2, 4, 3, 5, 5, device=device)
-    weight, bias = torch.rand(2, 3, device=device)
+    problem = make_problem(function, (4, 3, 5, 5), device=device)
+    problem = problem.replaced(**dict.fromkeys(problem.buffers()))  # a transform refuses to write
+    weight = problem.weight
 
     def loss(weight):
-        tensors = (x, None, None, weight, bias) if "add" not in function else (x, y, None, None)
-        options = {} if "add" not in function else {"weight": weight, "bias": bias}
-        out = getattr(fusedskip, function)(*tensors, **options, training=True)
-        return out.square().sum()
+        return call(problem, **problem.tensors | {"weight": weight}).square().sum()
 
     torch.testing.assert_close(torch.compile(grad(loss))(weight), grad(loss)(weight))
     batch = torch.stack([weight, 2 * weight])

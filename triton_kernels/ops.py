@@ -115,8 +115,7 @@ def _forward(
     save_mask: bool,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    for given in (norm, residual_norm or ()):
-        _check_contiguous(*given[:4])
+    _check_contiguous(*norm[:4], *(residual_norm or ())[:4])
     view = View.of(x)
     norms = () if residual_norm is None else (2,)
     chosen = plan(view, x.itemsize, 1 if residual_norm is None else 2)

@@ -29,7 +29,7 @@ def in_octets(n, INDEX_DTYPE: tl.constexpr):
 
 @triton.jit
 def divide(a, b):
-    """A / b, rounded to nearest: in fp32 the operator may be off by two units in the last place."""
+    """The quotient to nearest: in fp32 the operator may be off by two units in the last place."""
     if a.dtype == tl.float32:
         return tl.div_rn(a, b)
     else:
