@@ -25,12 +25,13 @@ CASES = [
     ((700, 11, 5, 5), torch.float32),
 ]
 # libtsan takes 0.14 s for the threads of a block. These are a few blocks of channels, two programs
-# each, in one launch clusters and a grid; a block alone; and a function for every form of the
-# kernels.
+# each, in one launch clusters and a grid; a block alone; single elements, which warps exchange; and
+# a function for every form of the kernels.
 EMULATED_CASES = (
     ((5, 3, 24, 32), "contiguous"),
     ((2, 72, 5, 5), "channels_last"),
     ((2, 16, 2, 2), "channels_last"),
+    ((2, 2, 5, 5), "contiguous"),
 )
 EMULATED_FUNCTIONS = ("batch_norm_relu", "batch_norm_add_relu", "dual_batch_norm_add_relu")
 

@@ -83,4 +83,4 @@ def test_no_races(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("9 steps") == 2
+    assert done.stdout.count("12 steps") == 2

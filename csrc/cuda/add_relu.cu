@@ -26,7 +26,11 @@ __device__ Octet<T> load_flat(const T* p, const Place& place) {
 
 template <int kWidth, typename T>
 __device__ void store_flat(T* p, const Place& place, const Octet<T>& octet) {
-  place.elements == kOctet ? store<kWidth>(p, place, octet) : store<1>(p, place, octet);
+  if (kWidth == 1 || place.elements == kOctet) {
+    store<kWidth>(p, place, octet);
+  } else {
+    store_alone<1>(p, place, octet);
+  }
 }
 
 template <typename T, int kWidth>

@@ -96,14 +96,14 @@ struct BlockAffine {
 // array in the order of the block's channels, good until the next call. All threads must call it.
 template <typename S, int kSize, int kCount>
 __device__ const S* block_sum(Array<S, kSize> (&values)[kCount], int columns) {
-  constexpr int kWarps = kThreads / 32, kSums = kCount * kSize * kMaxColumns;
+  constexpr int kSums = kCount * kSize * kMaxColumns;
   static_assert(kSums <= kThreads, "every sum has a thread");
   __shared__ S warp_sums[kWarps][kSums];
   __shared__ S sums[kSums];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    for (int distance = 16; distance >= columns; distance /= 2) {
+    for (int distance = kWarp / 2; distance >= columns; distance /= 2) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) values[k][j] += __shfl_xor_sync(~0u, values[k][j], distance);
     }

@@ -22,7 +22,7 @@
 namespace fusedskip::cuda {
 
 inline constexpr int kOctet = 8;
-inline constexpr int kThreads = 256;
+inline constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 
 // Three blocks of up to 80 registers a thread fit an SM, and an H100 has 132 SMs: the whole grid
 // is resident at once. A constant, so that sums do not depend on the GPU. Of a dual norm two fit,

@@ -107,8 +107,9 @@ __device__ void store_access(Access* p, Access a) {
   }
 }
 
+// A thread's octet, in its own accesses.
 template <int kWidth, typename T>
-__device__ void store(T* p, const Place& place, const Octet<T>& octet) {
+__device__ void store_alone(T* p, const Place& place, const Octet<T>& octet) {
   using A = Accesses<T, kWidth>;
   union {
     Octet<T> octet;
@@ -118,6 +119,40 @@ __device__ void store(T* p, const Place& place, const Octet<T>& octet) {
 #pragma unroll
   for (int i = 0; i < A::kCount; ++i)
     if (exists<kWidth>(place, i * A::kElements)) store_access(to + i, source.accesses[i]);
+}
+
+// What the threads of a warp store: each puts in its octet and takes out every 32nd element of
+// them all.
+template <typename T>
+struct WarpOctets {
+  Octet<T> octets[kWarp];
+  int64_t offsets[kWarp];
+  int elements[kWarp];
+};
+
+// All threads of a warp must call it. Single elements are exchanged first, so that neighbours in
+// memory are neighbours in the warp: of 16 bits, the 32 of a store then lie in 2 sectors of 32
+// bytes, or a few more at the ends of rows, where those of 32 octets lie in 16 or 17.
+template <int kWidth, typename T>
+__device__ void store(T* p, const Place& place, const Octet<T>& octet) {
+  if constexpr (kWidth == 1) {
+    __shared__ WarpOctets<T> of_warps[kWarps];
+    WarpOctets<T>& warp = of_warps[threadIdx.x / kWarp];
+    const int lane = threadIdx.x % kWarp;
+    __syncwarp();  // the last store's have been taken out
+    warp.octets[lane] = octet;
+    warp.offsets[lane] = place.element;
+    warp.elements[lane] = place.elements;
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      const int owner = (i * kWarp + lane) / kOctet, element = lane % kOctet;
+      if (element < warp.elements[owner])
+        p[warp.offsets[owner] + element] = reinterpret_cast<const T*>(&warp.octets[owner])[element];
+    }
+  } else {
+    store_alone<kWidth>(p, place, octet);
+  }
 }
 
 template <typename T>

@@ -50,7 +50,7 @@ struct Fiber {
   // By the parity of the exchange: a lane may be one ahead of those that have yet to read.
   uint64_t given[2];
   int exchanges;
-  int waits_for_block, waits_for_cluster, waits_for_grid;
+  int waits_for_warp, waits_for_block, waits_for_cluster, waits_for_grid;
   bool arrived;  // at the cluster's barrier
 };
 
@@ -72,7 +72,10 @@ class Memory {
 
 struct Block {
   explicit Block(int threads)
-      : fibers(threads), stacks(threads * kStack), shared(kSharedOfBlock), barriers(4) {}
+      : fibers(threads),
+        stacks(threads * kStack),
+        shared(kSharedOfBlock),
+        barriers(4 + 2 * threads / kWarp) {}
   ~Block() {
     if (__tsan_destroy_fiber)
       for (Fiber& fiber : fibers) __tsan_destroy_fiber(fiber.to_tsan);
@@ -81,7 +84,8 @@ struct Block {
   uint3 index;
   std::vector<Fiber> fibers;
   Memory stacks, shared;
-  Memory barriers;  // to tsan: two of the block, and of the first in a cluster two of that
+  // To tsan: two of the block, of the first in a cluster two of that, and two of each warp.
+  Memory barriers;
   int used_of_shared;
   std::vector<std::pair<const void*, void*>> variables;  // by name
 };
@@ -162,7 +166,8 @@ void start(Block& b, dim3 index, int shared_bytes) {
   for (size_t thread = 0; thread < b.fibers.size(); ++thread) {
     Fiber& fiber = b.fibers[thread];
     fiber.state = State::kReady;
-    fiber.exchanges = fiber.waits_for_block = fiber.waits_for_cluster = fiber.waits_for_grid = 0;
+    fiber.exchanges = fiber.waits_for_warp = fiber.waits_for_block = 0;
+    fiber.waits_for_cluster = fiber.waits_for_grid = 0;
     fiber.arrived = false;
     if (fiber.started) continue;
     if (__tsan_create_fiber) fiber.to_tsan = __tsan_create_fiber(0);
@@ -347,6 +352,11 @@ void lend(void* memory, size_t size) {
 }
 
 void wait_for_previous() { lent.show(); }
+
+void sync_warp() {
+  char* of_warp = block->barriers.data() + 4 + threadIdx.x / kWarp * 2;
+  meet(State::kAtWarp, of_warp[current->waits_for_warp++ % 2]);
+}
 
 void sync_threads() {
   meet(State::kAtBlock, block->barriers.data()[current->waits_for_block++ % 2]);

@@ -41,6 +41,7 @@ cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel,
 // until that waits, this is NaN.
 void lend(void* memory, size_t size);
 void wait_for_previous();
+void sync_warp();
 void sync_threads();
 void sync_grid();
 void arrive_at_cluster();
@@ -72,6 +73,7 @@ To bits(From from) {
 
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 inline void cudaGridDependencySynchronize() { emulator::wait_for_previous(); }
+inline void __syncwarp() { emulator::sync_warp(); }
 inline void __syncthreads() { emulator::sync_threads(); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
