@@ -110,23 +110,26 @@ def test_no_gradient_at_exactly_zero(backend, device, function):
             assert torch.all(results["dresidual"] == 0)
 
 
-@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu"])
-def test_gate_follows_the_stored_value(backend, device, function):
-    """In fp16 2**-26 is stored as 0: where the output shows 0, no gradient passes."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", ["add_relu", "batch_norm_relu", "batch_norm_add_relu"])
+def test_gate_follows_the_stored_value(backend, device, function, dtype):
+    """A quarter of the least subnormal is stored as 0: where the output is 0, no gradient passes."""
+    numbers = torch.finfo(dtype)
     for layout in LAYOUTS:
         problem = make_problem(
-            function, (2, 16, 2, 2), torch.float16, layout, device, training=False, affine=False
+            function, (2, 16, 2, 2), dtype, layout, device, training=False, affine=False
         )
-        tiny = torch.finfo(torch.float16).smallest_normal / 1024  # the least subnormal, 2**-24
-        problem.x.fill_(tiny)
-        problem.residual.zero_()
+        problem.x.fill_(numbers.smallest_normal * numbers.eps)  # the least subnormal
+        if problem.has_residual:
+            problem.residual.zero_()
         if problem.has_norm:
             problem.running_mean.zero_()
-            # x is scaled by rstd = 1/4 and by 1: 2**-26 rounds to 0, 2**-24 does not.
+            # x is scaled by rstd = 1/4 and by 1.
             problem.running_var.fill_(16)
             problem.running_var[::2] = 1
         results = run(problem)
-        assert torch.equal(results["dresidual"] == 0, results["out"] == 0)
+        gradient = results["dresidual" if problem.has_residual else "dx"]
+        assert torch.equal(gradient == 0, results["out"] == 0)
         assert torch.any(results["out"] != 0)
         assert torch.any(results["out"] == 0) == problem.has_norm
 

@@ -21,9 +21,13 @@ struct Float16 {
 template <typename T>
 using StatisticsOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// The largest number that is stored as 0 or less: half the least subnormal ties to even.
+// The largest number that is stored as 0 or less: half the least subnormal, which ties to even.
 template <typename T>
-inline constexpr StatisticsOf<T> kLargestStoredAsZero = std::is_same_v<T, Float16> ? 0x1p-25f : 0;
+inline constexpr StatisticsOf<T> kLargestStoredAsZero = 0;
+template <>
+inline constexpr float kLargestStoredAsZero<BFloat16> = 0x1p-134f;
+template <>
+inline constexpr float kLargestStoredAsZero<Float16> = 0x1p-25f;
 
 template <typename S>
   requires std::is_floating_point_v<S>
