@@ -132,9 +132,12 @@ def on_chip(preferred: bool = True) -> Iterator[None]:
     and two where none has. Process-wide, like `use_backend`.
 
     Raises:
-        AttributeError: for an installation that was built without `cuda`.
+        RuntimeError: if the backend `cuda` is not to be had.
     """
-    set_launches = importlib.import_module("fusedskip._C").cuda_set_launches
+    try:
+        set_launches = importlib.import_module("fusedskip._C").cuda_set_launches
+    except (ImportError, AttributeError):
+        raise RuntimeError(f"backend 'cuda': {unavailable('cuda', 'cuda')}") from None
     previous = set_launches(1 if preferred else 2)
     try:
         yield

@@ -87,7 +87,7 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     if backend == "eager":
         return reference.bias_add_relu(x, residual, bias)
     if needs_grad:
-        return autograd.BiasAddReLU.apply(x, _another(residual, x), bias, backend)
+        return autograd.BiasAddReLU.apply(x, _distinct(residual, x), bias, backend)
     x = dense(x)
     return autograd.shift(backend, x, laid_out_like(residual, x), bias, save_mask=False)[0]
 
@@ -215,7 +215,9 @@ def cat_batch_norm_relu(
     backend = _choose(x, _needs_grad(x, skip, weight, bias), training, norm[:4])
     if backend == "eager":
         return reference.cat_batch_norm_relu(x, skip, *norm)
-    return autograd.CatBatchNormReLU.apply(x, skip, weight, bias, *norm[:2], *norm[4:], backend)
+    return autograd.CatBatchNormReLU.apply(
+        x, _distinct(skip, x), weight, bias, *norm[:2], *norm[4:], backend
+    )
 
 
 @overridable
@@ -270,8 +272,11 @@ def dual_batch_norm_add_relu(
     check_statistics(
         residual_running_mean, residual_running_var, training, residual_eps, prefix="residual_"
     )
-    if training and running_mean is not None and running_mean is residual_running_mean:
-        raise ValueError("running_mean, residual_running_mean: expected different tensors")
+    if training and running_mean is not None:
+        if running_mean is residual_running_mean:
+            raise ValueError("running_mean, residual_running_mean: expected different tensors")
+        if running_var is residual_running_var:
+            raise ValueError("running_var, residual_running_var: expected different tensors")
     parameters = (weight, bias, residual_weight, residual_bias)
     needs_grad = _needs_grad(x, residual, *parameters)
     running = (running_mean, running_var, residual_running_mean, residual_running_var)
@@ -284,7 +289,7 @@ def dual_batch_norm_add_relu(
         )  # fmt: skip
     if needs_grad:
         return autograd.DualBatchNorm.apply(
-            x, _another(residual, x), *parameters,
+            x, _distinct(residual, x), *parameters,
             running_mean, running_var, residual_running_mean, residual_running_var,
             training, momentum, eps, residual_momentum, residual_eps, backend,
         )  # fmt: skip
@@ -304,7 +309,7 @@ def _add_relu(x: Tensor, residual: Tensor, relu_first: bool) -> Tensor:
     if backend == "eager":
         return (reference.relu_add if relu_first else reference.add_relu)(x, residual)
     if needs_grad:
-        return autograd.AddReLU.apply(x, _another(residual, x), relu_first, backend)
+        return autograd.AddReLU.apply(x, _distinct(residual, x), relu_first, backend)
     x = dense(x)
     return KERNELS[backend].add_relu(x, laid_out_like(residual, x), relu_first, False)[0]
 
@@ -330,7 +335,7 @@ def _batch_norm(
         )
     if needs_grad:
         return autograd.BatchNorm.apply(
-            x, _another(residual, x), weight, bias, running_mean, running_var,
+            x, _distinct(residual, x), weight, bias, running_mean, running_var,
             training, momentum, eps, relu, backend,
         )  # fmt: skip
     x = dense(x)
@@ -340,8 +345,8 @@ def _batch_norm(
     )[0]
 
 
-def _another(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    """`residual`; under dynamo another one than `x`: it gives no Function a tensor twice."""
+def _distinct(residual: Tensor | None, x: Tensor) -> Tensor | None:
+    """`residual`, or a view of it: dynamo gives no Function the same tensor twice."""
     return x.view_as(x) if residual is x and torch.compiler.is_compiling() else residual
 
 

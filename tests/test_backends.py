@@ -92,13 +92,19 @@ def test_backend_that_cannot_take_the_tensor():
         fusedskip.add_relu(torch.ones(2), torch.ones(2))
 
 
-def test_backward_stays_on_the_backend_of_its_forward(monkeypatch):
-    problem = make_problem("batch_norm_add_relu", (2, 3, 4, 5))
-    x = problem.x.clone().requires_grad_()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there are launches to choose")
+def test_launches_of_a_backend_that_is_not_there():
+    with pytest.raises(RuntimeError, match="backend 'cuda': this installation"), backends.on_chip():
+        pass
+
+
+def test_backward_stays_on_the_backend_of_its_forward():
+    x = torch.randn(2, 3, 4, 5, requires_grad=True)
     with fusedskip.use_backend("cpu"):
-        out = fusedskip.add_relu(x, problem.residual)
-    with fusedskip.use_backend("eager"):
+        out = fusedskip.add_relu(x, torch.randn_like(x))
+    with fusedskip.use_backend("eager"), torch.profiler.profile() as profile:
         out.sum().backward()
+    assert "fusedskip::add_relu_backward" in {event.name for event in profile.events()}
     assert torch.equal(x.grad, (out > 0).float())
 
 

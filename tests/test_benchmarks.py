@@ -1,4 +1,4 @@
-"""The benchmarks count traffic as PERFORMANCE.md does, run, and report; `make gpu` sums up."""
+"""The benchmarks count traffic as `benchmarks/traffic.py` says, run, and report; `make gpu` sums up."""
 
 import json
 import os

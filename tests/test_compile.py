@@ -169,10 +169,10 @@ def test_network_that_is_fused_after_it_was_compiled(compiled_backend, device):
     assert [len(graphs.namespaces([graph])) for graph in graphs.forward] == [1, 2]
 
 
-@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu"])
+@pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu", "cat_batch_norm_relu"])
 def test_residual_that_is_x(compiled_backend, device, function):
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device)
-    norm = function == "batch_norm_add_relu"
+    norm = function != "add_relu"
     options = {"running_mean": None, "running_var": None, "training": True} if norm else {}
 
     def tail(x):

@@ -7,7 +7,17 @@ import torch
 
 import fusedskip
 
-from .support import BACKENDS, BUFFERS, FUNCTIONS, LEAVES, NORMS, arguments_of, call, make_problem
+from .support import (
+    BACKENDS,
+    BUFFERS,
+    CAT,
+    FUNCTIONS,
+    LEAVES,
+    NORMS,
+    arguments_of,
+    call,
+    make_problem,
+)
 
 SHAPE = (2, 3, 4, 5)
 
@@ -55,7 +65,31 @@ def test_residual(function):
     )
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+def test_skip():
+    """Any number of channels, but else like x."""
+    problem = make_problem(CAT, SHAPE)
+    for shape in ((3, 3, 4, 5), (2, 3, 5, 4), (2, 3, 4), (2, 3, 4, 5, 1), (2, 3)):
+        assert_refused(
+            problem,
+            ValueError,
+            f"skip: expected shape (2, 3, 4, 5) of x but for the channels, got {shape}",
+            skip=torch.ones(shape),
+        )
+    assert_refused(
+        problem,
+        TypeError,
+        "skip: expected dtype torch.float32 like x, got torch.float64",
+        skip=torch.ones(SHAPE).double(),
+    )
+    assert_refused(
+        problem,
+        ValueError,
+        "skip: expected device cpu like x, got meta",
+        skip=torch.ones(SHAPE, device="meta"),
+    )
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_dtype_of_x(function, dtype):
     assert_refused(
@@ -66,7 +100,7 @@ def test_dtype_of_x(function, dtype):
     )
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_sparse_x(function):
     assert_refused(
         make_problem(function, SHAPE),
@@ -77,16 +111,16 @@ def test_sparse_x(function):
 
 
 @pytest.mark.parametrize("shape", [(), (3,)])
-@pytest.mark.parametrize("function", NORMS)
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_too_few_dimensions(function, shape):
     x = torch.ones(shape)
-    replaced = {"x": x} | ({"residual": x} if function != "batch_norm_relu" else {})
+    replaced = {name: x for name in ("x", "residual", "skip") if name in arguments_of(function)}
     text = f"x: expected at least 2 dimensions (N, C, *), got shape {shape}"
     assert_refused(make_problem(function, SHAPE), ValueError, text, **replaced)
 
 
-@pytest.mark.parametrize("name", [*BUFFERS, *LEAVES[2:]])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("name", [*BUFFERS, *LEAVES[3:]])
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_channel_vectors(function, name):
     if name not in arguments_of(function):
         return
@@ -119,7 +153,7 @@ def test_channel_vectors(function, name):
     )
 
 
-@pytest.mark.parametrize("function", NORMS)
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_running_statistics(function):
     prefixes = ["", "residual_"] if function == "dual_batch_norm_add_relu" else [""]
     for prefix in prefixes:
@@ -140,11 +174,13 @@ def test_running_statistics(function):
 def test_norms_that_share_running_statistics():
     problem = make_problem("dual_batch_norm_add_relu", SHAPE)
     shared = torch.zeros(3)
-    text = "running_mean, residual_running_mean: expected different tensors"
-    assert_refused(problem, ValueError, text, running_mean=shared, residual_running_mean=shared)
+    for name in ("running_mean", "running_var"):
+        text = f"{name}, residual_{name}: expected different tensors"
+        replaced = {name: shared, f"residual_{name}": shared}
+        assert_refused(problem, ValueError, text, **replaced)
 
 
-@pytest.mark.parametrize("function", NORMS)
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_eps(function):
     if function == "dual_batch_norm_add_relu":
         assert_refused(
@@ -166,7 +202,7 @@ def test_eps(function):
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1, 1)])
-@pytest.mark.parametrize("function", NORMS)
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_one_value_per_channel(function, shape):
     assert_refused(
         make_problem(function, shape),

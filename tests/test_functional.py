@@ -148,7 +148,7 @@ def test_one_gradient_alone(backend, device, function, wanted):
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_no_graph_without_gradients(backend, device, function, guard):
     problem = make_problem(function, (4, 7, 3, 5), torch.float32, "channels_last", device)
     with guard():

@@ -230,9 +230,27 @@ class TestCompiledOperatorsGuardMemory:
         with pytest.raises(RuntimeError, match="running_mean: expected float64"):
             self.kernels.batch_norm_merge(torch.ones(2, 7), torch.ones(3).double(), None, 0.1)
 
-    def test_stats_of_nothing(self):
-        with pytest.raises(RuntimeError, match="x: expected elements"):
-            self.kernels.batch_norm_stats(self.x[:0])
+    def test_no_elements(self):
+        nothing = self.x[:0]
+        for call in (
+            lambda: self.kernels.add_relu(nothing, nothing, False, True),
+            lambda: self.kernels.add_relu_backward(nothing, torch.ones(1, 0, dtype=torch.uint8)),
+            lambda: self.batch_norm(nothing),
+            lambda: self.kernels.batch_norm_stats(nothing),
+        ):
+            with pytest.raises(RuntimeError, match="x: expected elements"):
+                call()
+
+    def test_memory_that_is_not_filled(self):
+        """An output laid out alike would be smaller than its elements, or have gaps."""
+        for x in (torch.ones(1).expand(4), torch.ones(2, 6)[:, ::2]):
+            with pytest.raises(RuntimeError, match="x: expected a dense tensor"):
+                self.kernels.add_relu(x, x, False, True)
+            with pytest.raises(RuntimeError, match="x: expected a dense tensor"):
+                self.kernels.add_relu_backward(x, torch.ones(1, 1, dtype=torch.uint8))
+        for x in (self.x[0, 0, 0], self.x[..., ::2], self.x[:1, :1].expand(2, 3, 4, 5)):
+            with pytest.raises(RuntimeError, match="x: expected a dense"):
+                self.batch_norm(x)
 
     def test_means(self):
         for means in (torch.ones(5), torch.ones(6).double()):

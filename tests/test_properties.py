@@ -5,7 +5,7 @@ from hypothesis import Phase, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from .support import DTYPES, FUNCTIONS, assert_as_good_as_eager, make_problem
+from .support import CAT, DTYPES, FUNCTIONS, assert_as_good_as_eager, make_problem
 
 
 @st.composite
@@ -18,7 +18,7 @@ def problems(draw, device):
         shape = (3, *shape[1:])  # two values a channel leave a gradient of nothing but rounding
     torch.manual_seed(draw(st.integers(0, 2**31)))
     problem = make_problem(
-        draw(st.sampled_from(FUNCTIONS)),
+        draw(st.sampled_from([*FUNCTIONS, CAT])),
         shape,
         draw(st.sampled_from(DTYPES)),
         draw(st.sampled_from(["contiguous", "channels_last"])),
@@ -29,14 +29,14 @@ def problems(draw, device):
 
     def view(tensor):
         order = draw(st.permutations(range(tensor.dim())))
-        steps = [draw(st.sampled_from([1, 1, 2])) for _ in shape]
-        roomy = tensor.new_zeros([shape[d] * steps[d] for d in order])
+        steps = [draw(st.sampled_from([1, 1, 2])) for _ in order]
+        roomy = tensor.new_zeros([tensor.shape[d] * steps[d] for d in order])
         sliced = roomy[tuple(slice(None, None, steps[d]) for d in order)]
         back = sorted(range(len(order)), key=order.__getitem__)
         return sliced.permute(back).copy_(tensor)
 
     if draw(st.booleans()):
-        activations = {name: getattr(problem, name) for name in ("x", "residual", "dout")}
+        activations = {name: getattr(problem, name) for name in ("x", "residual", "skip", "dout")}
         problem = problem.replaced(
             **{name: view(t) for name, t in activations.items() if t is not None}
         )

@@ -217,18 +217,20 @@ def strided_views(shape, dtype, device):
     yield torch.randn(1, c, 1, 1, dtype=dtype, device=device).expand(shape)
 
 
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_mixed_and_strided_layouts(backend, device, function):
-    """x, residual and dout in any layout: the values and gradients are those of plain tensors."""
-    shape = (3, 5, 4, 6)
-    views = list(strided_views(shape, torch.float64, device))
-    problem = make_problem(function, shape, torch.float64, device=device)
-    n = len(views)
+    """x, residual or skip, and dout in any layout: values and gradients are those of plain ones."""
+    problem = make_problem(function, (3, 5, 4, 6), torch.float64, device=device)
+    names = [name for name in ("x", "residual", "skip") if getattr(problem, name) is not None]
+    views = {
+        name: list(strided_views(getattr(problem, name).shape, torch.float64, device))
+        for name in (*names, "dout")
+    }
+    n = len(views["x"])
     for i, step in itertools.product(range(n), (1, 3)):
-        x, residual, dout = views[i], views[(i + step) % n], views[(i + 2 * step) % n]
-        tensors = {"x": x, "dout": dout}
-        if problem.has_residual:
-            tensors["residual"] = residual
+        tensors = {
+            name: of_name[(i + k * step) % n] for k, (name, of_name) in enumerate(views.items())
+        }
         for name, tensor in tensors.items():
             getattr(problem, name).copy_(tensor)
         want = run(problem)
@@ -237,7 +239,7 @@ def test_mixed_and_strided_layouts(backend, device, function):
             leaves[name] = tensors[name].detach().requires_grad_()
         out = call(problem, **leaves, **problem.buffers())
         torch.testing.assert_close(out, want["out"], rtol=1e-12, atol=1e-12)
-        gradients = torch.autograd.grad(out, leaves.values(), dout)
+        gradients = torch.autograd.grad(out, leaves.values(), tensors["dout"])
         for name, gradient in zip(leaves, gradients, strict=True):
             torch.testing.assert_close(gradient, want[f"d{name}"], rtol=1e-10, atol=1e-10)
 

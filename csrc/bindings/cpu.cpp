@@ -13,7 +13,9 @@ namespace fusedskip {
 namespace {
 
 struct Cpu {
-  explicit Cpu(const Tensor& x) { STD_TORCH_CHECK(x.is_cpu(), "x: expected a CPU tensor"); }
+  explicit Cpu(const Tensor& x) {
+    STD_TORCH_CHECK(x.is_cpu() && x.numel() > 0, "x: expected elements on a CPU");
+  }
 
   void add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x, const void* residual,
                 void* out, uint8_t* mask) const {

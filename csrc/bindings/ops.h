@@ -18,7 +18,7 @@ template <typename Device>
 std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, bool relu_first,
                                     bool save_mask) {
   const Device device(x);
-  const View flat{1, 1, x.numel()};
+  const View flat = flat_view_of(x);
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, flat);
   device.add_relu(dtype_of(x), x.numel(), relu_first, x.data_ptr(),
                   data_like(residual, x, "residual"), out.data_ptr(), mask_data(mask, x, flat));
@@ -28,9 +28,9 @@ std::tuple<Tensor, Tensor> add_relu(const Tensor& x, const Tensor& residual, boo
 template <typename Device>
 Tensor add_relu_backward(const Tensor& dout, const Tensor& mask) {
   const Device device(dout);
-  Tensor dx = empty_like(dout);
-  const uint8_t* bits = mask_data(mask, dout, {1, 1, dout.numel()});
+  const uint8_t* bits = mask_data(mask, dout, flat_view_of(dout));
   STD_TORCH_CHECK(bits, "mask: expected one, got none");
+  Tensor dx = empty_like(dout);
   device.add_relu_backward(dtype_of(dout), dout.numel(), dout.data_ptr(), bits, dx.data_ptr());
   return dx;
 }
@@ -193,7 +193,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backw
 template <typename Device>
 Tensor batch_norm_stats(const Tensor& x) {
   const Device device(x);
-  STD_TORCH_CHECK(x.numel() > 0, "x: expected elements");
   Tensor moments = empty_vector(x, 2 * x.size(1) + 1, raw_statistics_dtype(x));
   device.batch_norm_stats({
       .view = view_of(x),
@@ -209,11 +208,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_merge(const Tensor& moments,
                                                     const OptionalTensor& running_mean,
                                                     const OptionalTensor& running_var,
                                                     double momentum) {
-  const Device device(moments);
   const Dtype dtype = dtype_of(moments);
   STD_TORCH_CHECK(moments.dim() == 2 && moments.numel() > 0 && moments.size(1) % 2 == 1 &&
                       moments.is_contiguous() && dtype == statistics_of(dtype),
                   "moments: expected those that batch_norm_stats returned, a row for each rank");
+  const Device device(moments);
   const int64_t n_channels = moments.size(1) / 2;
   Tensor mean = empty_vector(moments, n_channels, raw_dtype(moments));
   Tensor var = empty_vector(moments, n_channels, raw_dtype(moments));

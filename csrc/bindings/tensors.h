@@ -83,8 +83,17 @@ inline uint8_t* mask_data(const Tensor& mask, const Tensor& x, const View& view)
   return static_cast<uint8_t*>(mask.data_ptr());
 }
 
+// A tensor without regard to its dimensions, whose elements fill its memory.
+inline View flat_view_of(const Tensor& x) {
+  int64_t extent = 1;
+  for (int64_t d = 0; d < x.dim(); ++d) extent += (x.size(d) - 1) * x.stride(d);
+  STD_TORCH_CHECK(extent == x.numel(), "x: expected a dense tensor");
+  return {1, 1, x.numel()};
+}
+
 // See fusedskip.ops.memory_view.
 inline View view_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() >= 2, "x: expected a dense (N, C, *) or (N, *, C) tensor");
   const auto sizes = x.sizes(), strides = x.strides();
   int64_t spatial = 1;
   for (int64_t d = 2; d < x.dim(); ++d) spatial *= sizes[d];
