@@ -112,15 +112,10 @@ class BatchNorm(torch.autograd.Function):
             dense_x, residual, weight, bias, running_mean, running_var,
             training, momentum, eps, relu, save_mask,
         )  # fmt: skip
-        # A residual alone wants its gradient: the mask is all it takes.
-        only_residual = save_mask and not any(ctx.needs_input_grad[i] for i in (0, 2, 3))
+        need_x, _, need_weight, *_ = ctx.needs_input_grad
+        keeps_x = (relu and not save_mask) or _reads_input(training, need_x, need_weight)
         ctx.save_for_backward(
-            None if only_residual else x,
-            mask if save_mask else None,
-            weight,
-            bias,
-            mean,
-            rstd,
+            x if keeps_x else None, mask if save_mask else None, weight, bias, mean, rstd
         )
         ctx.training, ctx.relu, ctx.backend = training, relu, backend
         ctx.strides = out.stride()
@@ -131,7 +126,7 @@ class BatchNorm(torch.autograd.Function):
         x, mask, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         dout = strided(dout, ctx.strides)
-        x = dout if x is None else x
+        x = dout.detach() if x is None else x  # then no result depends on it
         if _is_differentiated():
             dresidual = dout
             if ctx.relu:
@@ -241,9 +236,12 @@ class DualBatchNorm(torch.autograd.Function):
             residual_weight, residual_bias, residual_running_mean, residual_running_var,
             training, momentum, eps, residual_momentum, residual_eps, True,
         )  # fmt: skip
+        need_x, need_residual, need_weight, _, need_residual_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            x, residual, mask, weight, bias, residual_weight, residual_bias, mean, rstd
-        )
+            x if _reads_input(training, need_x, need_weight) else None,
+            residual if _reads_input(training, need_residual, need_residual_weight) else None,
+            mask, weight, bias, residual_weight, residual_bias, mean, rstd,
+        )  # fmt: skip
         ctx.training, ctx.backend, ctx.strides = training, backend, out.stride()
         return out
 
@@ -254,6 +252,7 @@ class DualBatchNorm(torch.autograd.Function):
         needed = ctx.needs_input_grad[:6]
         need_x, need_residual, *need_parameters = needed
         dout = strided(dout, ctx.strides)
+        x, residual = (dout.detach() if t is None else t for t in (x, residual))
         if _is_differentiated():
             # The mask alone says what passes.
             g = _gated(ctx.backend, dout, dout, mask, None, None, mean[0], rstd[0])
@@ -278,6 +277,11 @@ class DualBatchNorm(torch.autograd.Function):
             ),
             *(None,) * 10,
         )
+
+
+def _reads_input(training: bool, need_input: bool, need_weight: bool) -> bool:
+    """Whether a norm's backward needs its input, but for a mask: not where the norm is frozen."""
+    return need_weight or (training and need_input)
 
 
 def _is_differentiated() -> bool:

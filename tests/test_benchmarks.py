@@ -1,4 +1,4 @@
-"""The benchmarks count traffic as `benchmarks/traffic.py` says, run, and report; `make gpu` sums up."""
+"""Benchmarks count traffic as benchmarks/traffic.py says, run, and report; `make gpu` sums up."""
 
 import json
 import os

@@ -175,6 +175,23 @@ def test_what_is_kept_for_backward(backend, device, function):
     assert sum(t.nbytes for t in masks) == (problem.x.numel() // 8 if has_mask else 0)
 
 
+@pytest.mark.parametrize("function", [f for f in NORMS if f != "batch_norm_relu"])
+def test_frozen_norms_keep_no_activation(backend, device, function):
+    """In evaluation, without gradients of weights, the mask and C-sized vectors are all."""
+    problem = make_problem(
+        function, (4, 16, 6, 8), torch.float32, "channels_last", device, training=False
+    )
+    want, leaves, kept = run(problem), problem.leaves(), []
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(not name.endswith("weight"))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = call(problem, **leaves, **problem.buffers())
+    assert sum(t.nbytes for t in kept) < problem.x.nbytes / 8
+    out.backward(problem.dout)
+    for name, leaf in leaves.items():
+        assert leaf.grad is None or torch.equal(leaf.grad, want[f"d{name}"])
+
+
 def test_a_residual_behind_the_relu_alone(backend, device):
     """Its gradient is that of the sum: nothing is kept, and nothing computed."""
     problem = make_problem("relu_add", (4, 16, 6, 8), torch.float32, "channels_last", device)

@@ -113,7 +113,7 @@ def test_no_gradient_at_exactly_zero(backend, device, function):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("function", ["add_relu", "batch_norm_relu", "batch_norm_add_relu"])
 def test_gate_follows_the_stored_value(backend, device, function, dtype):
-    """A quarter of the least subnormal is stored as 0: where the output is 0, no gradient passes."""
+    """A quarter of the least subnormal is stored as 0: where the output is 0, nothing passes."""
     numbers = torch.finfo(dtype)
     for layout in LAYOUTS:
         problem = make_problem(

@@ -1,4 +1,4 @@
-"""Repairs of the interpreter of Triton 3.6 to 3.8 (TRITON_INTERPRET=1), which runs the kernels in tests."""
+"""Repairs of the interpreter (TRITON_INTERPRET=1) of Triton 3.6 to 3.8, for tests."""
 
 from __future__ import annotations
 
