@@ -4,10 +4,10 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,45 +16,17 @@ from torch import Tensor
 from fusedskip import ops
 
 
-@dataclass(frozen=True)
-class Backend:
-    """The raw operators of one namespace. `eager` has none: it is `fusedskip.reference`."""
-
-    name: str
-    add_relu: Callable[..., Any]
-    add_relu_backward: Callable[..., Any]
-    batch_norm: Callable[..., Any]
-    batch_norm_backward: Callable[..., Any]
-    batch_norm_relu_into: Callable[..., Any]
-    dual_batch_norm: Callable[..., Any]
-    dual_batch_norm_backward: Callable[..., Any]
-    batch_norm_stats: Callable[..., Any]
-    batch_norm_merge: Callable[..., Any]
-    batch_norm_backward_apply: Callable[..., Any]
-
-
-def _from_namespace(name: str, namespace: str) -> Backend:
+def _operators(namespace: str) -> Any:
+    """The raw operators of a namespace, as attributes: without a search for the overload."""
     raw = getattr(torch.ops, namespace)
-    return Backend(
-        name=name,
-        add_relu=raw.add_relu.default,
-        add_relu_backward=raw.add_relu_backward.default,
-        batch_norm=raw.batch_norm.default,
-        batch_norm_backward=raw.batch_norm_backward.default,
-        batch_norm_relu_into=raw.batch_norm_relu_into.default,
-        dual_batch_norm=raw.dual_batch_norm.default,
-        dual_batch_norm_backward=raw.dual_batch_norm_backward.default,
-        batch_norm_stats=raw.batch_norm_stats.default,
-        batch_norm_merge=raw.batch_norm_merge.default,
-        batch_norm_backward_apply=raw.batch_norm_backward_apply.default,
-    )
+    return SimpleNamespace(**{name: getattr(raw, name).default for name in ops.NAMES})
 
 
-# In the order in which `auto` prefers them.
+# In the order in which `auto` prefers them. `eager` has none: it is `fusedskip.reference`.
 KERNELS = {
-    "cuda": _from_namespace("cuda", ops.COMPILED),
-    "triton": _from_namespace("triton", ops.TRITON),
-    "cpu": _from_namespace("cpu", ops.COMPILED),
+    "cuda": _operators(ops.COMPILED),
+    "triton": _operators(ops.TRITON),
+    "cpu": _operators(ops.COMPILED),
 }
 NAMES = (*KERNELS, "eager")
 

@@ -19,71 +19,6 @@ from torch import Tensor
 
 COMPILED, TRITON = "fusedskip", "fusedskip_triton"
 
-_SCHEMAS = {
-    # relu(x + residual), or relu_first: relu(x) + residual. The gradient of what ReLU was given
-    # is the same.
-    "add_relu": (
-        "(Tensor x, Tensor residual, bool relu_first, bool save_mask) -> (Tensor out, Tensor mask)"
-    ),
-    "add_relu_backward": "(Tensor dout, Tensor mask) -> Tensor dx",
-    # Without running statistics, evaluation has mean 0 and variance 1. save_mask is for residuals:
-    # without one, backward recomputes the mask from x.
-    "batch_norm": (
-        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-        "Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-        "bool training, float momentum, float eps, bool relu, bool save_mask) "
-        "-> (Tensor out, Tensor mask, Tensor mean, Tensor rstd)"
-    ),
-    "batch_norm_backward": (
-        "(Tensor dout, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, "
-        "Tensor mean, Tensor rstd, bool training, bool relu, "
-        "bool need_dx, bool need_dresidual, bool need_dparams) "
-        "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)"
-    ),
-    # relu(bn(x)) into part of a wider tensor: out is laid out like x, but for the distance from one
-    # image, channels-last from one pixel, to the next. Its backward is batch_norm_backward.
-    "batch_norm_relu_into": (
-        "(Tensor x, Tensor? weight, Tensor? bias, "
-        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!) out, "
-        "bool training, float momentum, float eps) -> (Tensor mean, Tensor rstd)"
-    ),
-    # relu(bn(x) + bn'(residual)); mean and rstd are (2, C), those of x first.
-    "dual_batch_norm": (
-        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, "
-        "Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-        "Tensor? residual_weight, Tensor? residual_bias, "
-        "Tensor(c!)? residual_running_mean, Tensor(d!)? residual_running_var, "
-        "bool training, float momentum, float eps, float residual_momentum, float residual_eps, "
-        "bool save_mask) -> (Tensor out, Tensor mask, Tensor mean, Tensor rstd)"
-    ),
-    "dual_batch_norm_backward": (
-        "(Tensor dout, Tensor x, Tensor residual, Tensor mask, Tensor? weight, Tensor? bias, "
-        "Tensor? residual_weight, Tensor? residual_bias, Tensor mean, Tensor rstd, "
-        "bool training, bool need_dx, bool need_dresidual, bool need_dparams) "
-        "-> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias, "
-        "Tensor residual_dweight, Tensor residual_dbias)"
-    ),
-    # A norm of a batch that is spread over ranks: the stages between which these communicate. Two
-    # of the four are above, with training=False: batch_norm by the merged mean and var, and
-    # batch_norm_backward for dweight and dbias alone.
-    #
-    # Of a rank's x: the mean of each channel, then M2, the sum of squared deviations, of each, then
-    # the number of elements a channel: (2C + 1,).
-    "batch_norm_stats": "(Tensor x) -> Tensor moments",
-    # moments has a row from each rank, zeros from one without elements. var is biased; count (1,).
-    "batch_norm_merge": (
-        "(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) "
-        "-> (Tensor mean, Tensor var, Tensor count)"
-    ),
-    # means, of the whole batch: of g, the gradient behind the ReLU, then of g * (x - mean) * rstd:
-    # (2C,).
-    "batch_norm_backward_apply": (
-        "(Tensor dout, Tensor x, Tensor? mask, Tensor? weight, Tensor? bias, "
-        "Tensor mean, Tensor rstd, Tensor means, bool relu, bool need_dx, bool need_dresidual) "
-        "-> (Tensor dx, Tensor dresidual)"
-    ),
-}
-
 
 def memory_view(x: Tensor) -> tuple[int, int, int]:
     """`(n_outer, n_channels, n_inner)` of a dense `(N, C, *)` tensor, in the order of its memory.
@@ -109,18 +44,38 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _fake_add_relu(
+# By name: the schema, and what it returns of fake tensors.
+_OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {}
+
+
+def _operator(*mutates: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make an operator `name` of its fake `_name`, whose annotations are the schema."""
+
+    def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        schema = torch.library.infer_schema(fake, mutates_args=mutates)
+        _OPERATORS[fake.__name__.removeprefix("_")] = schema, fake
+        return fake
+
+    return register
+
+
+@_operator()
+def _add_relu(
     x: Tensor, residual: Tensor, relu_first: bool, save_mask: bool
 ) -> tuple[Tensor, Tensor]:
+    """relu(x + residual), or relu_first: relu(x) + residual, and the mask."""
     shape = mask_shape((1, 1, x.numel())) if save_mask else (0,)
     return torch.empty_like(x), x.new_empty(shape, dtype=torch.uint8)
 
 
-def _fake_add_relu_backward(dout: Tensor, mask: Tensor) -> Tensor:
+@_operator()
+def _add_relu_backward(dout: Tensor, mask: Tensor) -> Tensor:
+    """The gradient of what ReLU was given."""
     return torch.empty_like(dout)
 
 
-def _fake_batch_norm(
+@_operator("running_mean", "running_var")
+def _batch_norm(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
@@ -133,10 +88,16 @@ def _fake_batch_norm(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """relu?(bn(x) + residual?), the mask, mean, rstd.
+
+    Without running statistics, evaluation has mean 0 and variance 1. save_mask is for residuals:
+    without one, backward recomputes the mask from x.
+    """
     return _fake_forward(x, save_mask, (x.shape[1],))
 
 
-def _fake_batch_norm_backward(
+@_operator()
+def _batch_norm_backward(
     dout: Tensor,
     x: Tensor,
     mask: Tensor | None,
@@ -150,15 +111,17 @@ def _fake_batch_norm_backward(
     need_dresidual: bool,
     need_dparams: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients dx, dresidual, dweight, dbias."""
     return (
-        torch.empty_like(x) if need_dx else x.new_empty((0,)),
-        torch.empty_like(x) if need_dresidual else x.new_empty((0,)),
+        _fake_like(x, need_dx),
+        _fake_like(x, need_dresidual),
         _fake_gradient(weight, x, need_dparams),
         _fake_gradient(bias, x, need_dparams),
     )
 
 
-def _fake_batch_norm_relu_into(
+@_operator("running_mean", "running_var", "out")
+def _batch_norm_relu_into(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -169,11 +132,17 @@ def _fake_batch_norm_relu_into(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """relu(bn(x)) into part of a wider tensor; mean and rstd.
+
+    `out` is laid out like x, but for the distance from one image, channels-last from one pixel, to
+    the next. Its backward is batch_norm_backward.
+    """
     mean = x.new_empty((x.shape[1],), dtype=statistics_dtype(x.dtype))
     return mean, torch.empty_like(mean)
 
 
-def _fake_dual_batch_norm(
+@_operator("running_mean", "running_var", "residual_running_mean", "residual_running_var")
+def _dual_batch_norm(
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -191,10 +160,15 @@ def _fake_dual_batch_norm(
     residual_eps: float,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """relu(bn(x) + bn'(residual)), the mask, mean, rstd.
+
+    These are (2, C), those of x first.
+    """
     return _fake_forward(x, save_mask, (2, x.shape[1]))
 
 
-def _fake_dual_batch_norm_backward(
+@_operator()
+def _dual_batch_norm_backward(
     dout: Tensor,
     x: Tensor,
     residual: Tensor,
@@ -209,10 +183,11 @@ def _fake_dual_batch_norm_backward(
     need_dx: bool,
     need_dresidual: bool,
     need_dparams: bool,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients dx, dresidual, and those of the parameters in their order."""
     return (
-        torch.empty_like(x) if need_dx else x.new_empty((0,)),
-        torch.empty_like(x) if need_dresidual else x.new_empty((0,)),
+        _fake_like(x, need_dx),
+        _fake_like(x, need_dresidual),
         _fake_gradient(weight, x, need_dparams),
         _fake_gradient(bias, x, need_dparams),
         _fake_gradient(residual_weight, x, need_dparams),
@@ -220,18 +195,35 @@ def _fake_dual_batch_norm_backward(
     )
 
 
-def _fake_batch_norm_stats(x: Tensor) -> Tensor:
+# The stages of a norm of a batch that is spread over ranks, between which these communicate. Two of
+# the four are above, with training=False: batch_norm by the merged mean and var, and
+# batch_norm_backward for dweight and dbias alone.
+
+
+@_operator()
+def _batch_norm_stats(x: Tensor) -> Tensor:
+    """The moments of a rank's x.
+
+    Of each channel its mean, then of each M2, the sum of squared deviations, then the number of
+    elements a channel: (2C + 1,).
+    """
     return x.new_empty((2 * x.shape[1] + 1,), dtype=statistics_dtype(x.dtype))
 
 
-def _fake_batch_norm_merge(
+@_operator("running_mean", "running_var")
+def _batch_norm_merge(
     moments: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean and the biased variance of a whole batch, and its elements a channel: (1,).
+
+    `moments` has a row from each rank, zeros from one without elements.
+    """
     mean = moments.new_empty((moments.shape[1] // 2,))
     return mean, torch.empty_like(mean), moments.new_empty((1,))
 
 
-def _fake_batch_norm_backward_apply(
+@_operator()
+def _batch_norm_backward_apply(
     dout: Tensor,
     x: Tensor,
     mask: Tensor | None,
@@ -244,9 +236,13 @@ def _fake_batch_norm_backward_apply(
     need_dx: bool,
     need_dresidual: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The gradients dx and dresidual, by `means` over the whole batch.
+
+    Those of g, the gradient behind the ReLU, then those of g * (x - mean) * rstd: (2C,).
+    """
     return (
-        torch.empty_like(x) if need_dx else x.new_empty((0,)),
-        torch.empty_like(x) if need_dresidual else x.new_empty((0,)),
+        _fake_like(x, need_dx),
+        _fake_like(x, need_dresidual),
     )
 
 
@@ -258,22 +254,12 @@ def _fake_forward(
     return torch.empty_like(x), x.new_empty(mask, dtype=torch.uint8), mean, torch.empty_like(mean)
 
 
+def _fake_like(x: Tensor, wanted: bool) -> Tensor:
+    return torch.empty_like(x) if wanted else x.new_empty((0,))
+
+
 def _fake_gradient(parameter: Tensor | None, x: Tensor, wanted: bool) -> Tensor:
     return x.new_empty((0,)) if parameter is None or not wanted else torch.empty_like(parameter)
-
-
-_FAKES: dict[str, Callable[..., Any]] = {
-    "add_relu": _fake_add_relu,
-    "add_relu_backward": _fake_add_relu_backward,
-    "batch_norm": _fake_batch_norm,
-    "batch_norm_backward": _fake_batch_norm_backward,
-    "batch_norm_relu_into": _fake_batch_norm_relu_into,
-    "dual_batch_norm": _fake_dual_batch_norm,
-    "dual_batch_norm_backward": _fake_dual_batch_norm_backward,
-    "batch_norm_stats": _fake_batch_norm_stats,
-    "batch_norm_merge": _fake_batch_norm_merge,
-    "batch_norm_backward_apply": _fake_batch_norm_backward_apply,
-}
 
 
 def _triton_launcher(name: str) -> Callable[..., Any]:
@@ -290,9 +276,9 @@ def _triton_launcher(name: str) -> Callable[..., Any]:
 def _define(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "DEF")
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-    for name, schema in _SCHEMAS.items():
+    for name, (schema, fake) in _OPERATORS.items():
         library.define(name + schema, tags=tags)
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return library
 
 
@@ -305,10 +291,11 @@ def _load_compiled() -> Exception | None:
     return None
 
 
+NAMES = tuple(_OPERATORS)
 # The definitions live as long as these objects.
 _libraries = {namespace: _define(namespace) for namespace in (COMPILED, TRITON)}
 compiled_error = _load_compiled()
-for _name in _SCHEMAS:
+for _name in _OPERATORS:
     for _key in ("CPU", "CUDA"):
         _libraries[TRITON].impl(_name, _triton_launcher(_name), _key)
 

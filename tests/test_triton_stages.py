@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from fusedskip.triton_kernels import launch, ops, tile
 
-from fusedskip import triton_kernels
-
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="CPU tensors need the interpreter"
 )
@@ -131,14 +129,14 @@ def test_add_relu(shape, layout, dtype, relu_first, tiles):
     x, residual, dout = (make(shape, dtype, layout) for _ in range(3))
     gate = (x if relu_first else x + residual) > 0
     expected = torch.where(gate, x, 0) + residual if relu_first else (x + residual).relu()
-    out, mask = triton_kernels.add_relu(x, residual, relu_first, True)
+    out, mask = ops.add_relu(x, residual, relu_first, True)
     assert out.stride() == x.stride()
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     in_memory = gate.movedim(1, -1) if layout == "channels_last" else gate
     assert torch.equal(mask, packed(in_memory.reshape(1, -1), launch.View.flat(x)))
-    dx = triton_kernels.add_relu_backward(dout, mask)
+    dx = ops.add_relu_backward(dout, mask)
     torch.testing.assert_close(dx, torch.where(gate, dout, 0), rtol=0, atol=0)
-    again, no_mask = triton_kernels.add_relu(x, residual, relu_first, False)
+    again, no_mask = ops.add_relu(x, residual, relu_first, False)
     assert torch.equal(again, out)
     assert no_mask.shape == (0,)
 
@@ -167,16 +165,14 @@ def check_batch_norm(shape, layout, dtype, parameter_dtype, training):
     x, residual, dout = (make(shape, dtype, layout) for _ in range(3))
     norm = parameters(shape[1], parameter_dtype)
     truth = TrueNorm(x, *norm, training, MOMENTUM, EPS)
-    out, mask, mean, rstd = triton_kernels.batch_norm(
-        x, residual, *norm, training, MOMENTUM, EPS, True, True
-    )
+    out, mask, mean, rstd = ops.batch_norm(x, residual, *norm, training, MOMENTUM, EPS, True, True)
     truth.check_statistics(mean, rstd, *norm[2:])
     assert out.stride() == x.stride()
     assert_rounded(out, (truth.out + residual.double()).relu())
     assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
 
     weight, bias, *_ = norm
-    dx, dresidual, *dparams = triton_kernels.batch_norm_backward(
+    dx, dresidual, *dparams = ops.batch_norm_backward(
         dout, x, mask, weight, bias, mean, rstd, training, True, True, True, True
     )
     g = torch.where(out > 0, dout, 0)
@@ -200,7 +196,7 @@ def check_dual_batch_norm(shape, layout, dtype, parameter_dtype, training):
     norm, residual_norm = (parameters(shape[1], parameter_dtype) for _ in range(2))
     truth = TrueNorm(x, *norm, training, MOMENTUM, EPS)
     residual_truth = TrueNorm(residual, *residual_norm, training, 0.6, 1e-2)
-    out, mask, mean, rstd = triton_kernels.dual_batch_norm(
+    out, mask, mean, rstd = ops.dual_batch_norm(
         x, residual, *norm, *residual_norm, training, MOMENTUM, EPS, 0.6, 1e-2, True
     )
     truth.check_statistics(mean[0], rstd[0], *norm[2:])
@@ -209,7 +205,7 @@ def check_dual_batch_norm(shape, layout, dtype, parameter_dtype, training):
     assert_rounded(out, (truth.out + residual_truth.out).relu())
     assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
 
-    dx, dresidual, dweight, dbias, *residual_dparams = triton_kernels.dual_batch_norm_backward(
+    dx, dresidual, dweight, dbias, *residual_dparams = ops.dual_batch_norm_backward(
         dout, x, residual, mask, *norm[:2], *residual_norm[:2], mean, rstd, training,
         True, True, True,
     )  # fmt: skip
@@ -259,11 +255,11 @@ def test_threshold_recomputed_from_x_is_that_of_forward(dtype, layout, tiles):
     x, dout = make((4, 9, 3, 5), dtype, layout), torch.ones(4, 9, 3, 5, dtype=dtype)
     dout = dout.as_strided(x.shape, x.stride())
     weight, bias, *_ = parameters(9, torch.float32)
-    out, mask, mean, rstd = triton_kernels.batch_norm(
+    out, mask, mean, rstd = ops.batch_norm(
         x, None, weight, bias, None, None, True, 0.1, EPS, True, False
     )
     assert mask.shape == (0,)
-    _, _, _, dbias = triton_kernels.batch_norm_backward(
+    _, _, _, dbias = ops.batch_norm_backward(
         dout, x, None, weight, bias, mean, rstd, True, True, False, False, True
     )
     assert torch.equal(dbias, per_channel(out > 0).sum(0).float())
@@ -273,13 +269,13 @@ def test_threshold_recomputed_from_x_is_that_of_forward(dtype, layout, tiles):
 def test_only_what_is_needed(layout):
     x, residual, dout = (make((3, 9, 4, 5), torch.float32, layout) for _ in range(3))
     weight, bias, *_ = parameters(9, torch.float32)
-    _, mask, mean, rstd = triton_kernels.batch_norm(
+    _, mask, mean, rstd = ops.batch_norm(
         x, residual, weight, bias, None, None, True, 0.1, EPS, True, True
     )
     for training in (True, False):
 
         def backward(*needs, weight=weight, bias=bias, training=training):
-            return triton_kernels.batch_norm_backward(
+            return ops.batch_norm_backward(
                 dout, x, mask, weight, bias, mean, rstd, training, True, *needs
             )
 
@@ -307,14 +303,14 @@ def test_only_what_is_needed_of_two_norms(layout):
     x, residual, dout = (make((2, 2, 3, 5), torch.float32, layout) for _ in range(3))
     weight, bias, residual_weight, residual_bias = parameters(2, torch.float32)
     no_buffers = None, None
-    _, mask, mean, rstd = triton_kernels.dual_batch_norm(
+    _, mask, mean, rstd = ops.dual_batch_norm(
         x, residual, weight, bias, *no_buffers, residual_weight, residual_bias, *no_buffers,
         True, 0.1, EPS, 0.1, EPS, True,
     )  # fmt: skip
     for training in (True, False):
 
         def backward(parameters, *needs, training=training):
-            return triton_kernels.dual_batch_norm_backward(
+            return ops.dual_batch_norm_backward(
                 dout, x, residual, mask, *parameters, mean, rstd, training, *needs
             )
 
@@ -343,14 +339,14 @@ def test_evaluation_without_running_statistics(layout):
     x, residual = (make((2, 9, 3, 5), torch.float32, layout) for _ in range(2))
     _, bias, _, residual_bias = parameters(9, torch.float32)
     shifted = x + channels(bias, x).float()
-    out, mask, mean, rstd = triton_kernels.batch_norm(
+    out, mask, mean, rstd = ops.batch_norm(
         x, residual, None, bias, None, None, False, 0.0, 0.0, True, True
     )
     assert torch.equal(out, (shifted + residual).relu())
     assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
     assert torch.equal(mean, torch.zeros(9))
     assert torch.equal(rstd, torch.ones(9))
-    out, no_mask, mean, rstd = triton_kernels.dual_batch_norm(
+    out, no_mask, mean, rstd = ops.dual_batch_norm(
         x, residual, None, bias, None, None, None, residual_bias, None, None,
         False, 0.0, 0.0, 0.0, 0.0, False,
     )  # fmt: skip
@@ -370,13 +366,11 @@ def test_into_part_of_a_wider_tensor(shape, layout, tiles):
     norm = parameters(n_channels, torch.float32)
     part = slice(2, 2 + n_channels)
     for training in (False, True):  # in this order: training updates the running statistics
-        expected[:, part], _, *statistics = triton_kernels.batch_norm(
+        expected[:, part], _, *statistics = ops.batch_norm(
             x, None, *norm[:2], *(None, None) if training else norm[2:], training, MOMENTUM, EPS,
             True, False,
         )  # fmt: skip
-        results = triton_kernels.batch_norm_relu_into(
-            x, *norm, wider[:, part], training, MOMENTUM, EPS
-        )
+        results = ops.batch_norm_relu_into(x, *norm, wider[:, part], training, MOMENTUM, EPS)
         assert torch.equal(wider, expected)
         for result, statistic in zip(results, statistics, strict=True):
             assert torch.equal(result, statistic)
@@ -384,13 +378,13 @@ def test_into_part_of_a_wider_tensor(shape, layout, tiles):
 
 def test_without_relu():
     x, residual, dout = (make((3, 9, 4, 5)) for _ in range(3))
-    out, _, mean, rstd = triton_kernels.batch_norm(
+    out, _, mean, rstd = ops.batch_norm(
         x, residual, None, None, None, None, True, 0.1, EPS, False, False
     )
     x_ref = x.clone().requires_grad_()
     expected = torch.nn.functional.batch_norm(x_ref, None, None, training=True, eps=EPS) + residual
     assert_rounded(out, expected.detach())
-    dx, *_ = triton_kernels.batch_norm_backward(
+    dx, *_ = ops.batch_norm_backward(
         dout, x, None, None, None, mean, rstd, True, False, True, False, False
     )
     expected.backward(dout)
@@ -405,7 +399,7 @@ def test_nan_and_inf(layout, tiles):
     running_mean, running_var = torch.zeros(10), torch.ones(10)
     expected_mean, expected_var = running_mean.clone(), running_var.clone()
     expected = torch.nn.functional.batch_norm(x, expected_mean, expected_var, training=True).relu()
-    out, mask, _, _ = triton_kernels.batch_norm(
+    out, mask, _, _ = ops.batch_norm(
         x, residual, None, None, running_mean, running_var, True, 0.1, EPS, True, True
     )
     torch.testing.assert_close(out, expected, equal_nan=True)
@@ -414,11 +408,11 @@ def test_nan_and_inf(layout, tiles):
     assert torch.equal(mask, packed(~(out <= 0), launch.View.of(x)))
 
     for relu_first in (False, True):
-        out, mask = triton_kernels.add_relu(x, residual, relu_first, True)
+        out, mask = ops.add_relu(x, residual, relu_first, True)
         torch.testing.assert_close(out, x.relu(), equal_nan=True, rtol=0, atol=0)
         dout = torch.where(out > 0, 1.0, math.nan)
         torch.testing.assert_close(
-            triton_kernels.add_relu_backward(dout, mask),
+            ops.add_relu_backward(dout, mask),
             torch.where(out > 0, 1.0, torch.where(out.isnan(), math.nan, 0.0)),
             equal_nan=True,
         )
@@ -437,7 +431,7 @@ def test_nan_in_either_of_two_norms(layout):
             torch.nn.functional.batch_norm(z, *buffers, training=training) for z in (x, residual)
         ).relu()
         norm = None, None, *buffers
-        out, mask, *_ = triton_kernels.dual_batch_norm(
+        out, mask, *_ = ops.dual_batch_norm(
             x, residual, *norm, *norm, training, 0.1, EPS, 0.1, EPS, True
         )
         torch.testing.assert_close(out, expected, equal_nan=True)
@@ -448,9 +442,7 @@ def test_threshold_is_that_of_the_stored_value():
     """1e-8 + 0 is positive, but 0 in fp16: out is 0, so no gradient passes."""
     x = torch.zeros(1, 8, dtype=torch.float16)
     tiny, zero, one = torch.full((8,), 1e-8), torch.zeros(8), torch.ones(8)
-    out, mask, _, _ = triton_kernels.batch_norm(
-        x, x, one, tiny, zero, one, False, 0.0, EPS, True, True
-    )
+    out, mask, _, _ = ops.batch_norm(x, x, one, tiny, zero, one, False, 0.0, EPS, True, True)
     assert out.eq(0).all()
     assert mask.eq(0).all()
 
@@ -475,10 +467,8 @@ def test_mean_far_above_std(layout, tiles):
     x = make((4, 3, 6, 7), torch.float32, layout, shift=1000.0)
     residual = make((4, 3, 6, 7), torch.float32, layout, shift=-3000.0)
     norm = None, None, None, None
-    _, _, *alone = triton_kernels.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
-    _, _, *both = triton_kernels.dual_batch_norm(
-        x, residual, *norm, *norm, True, 0.1, EPS, 0.1, EPS, False
-    )
+    _, _, *alone = ops.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
+    _, _, *both = ops.dual_batch_norm(x, residual, *norm, *norm, True, 0.1, EPS, 0.1, EPS, False)
     of_x, of_residual = zip(*both, strict=True)
     for values, (mean, rstd) in [(x, alone), (x, of_x), (residual, of_residual)]:
         rows = per_channel(values)
@@ -492,8 +482,8 @@ def test_mean_far_above_std(layout, tiles):
 def test_stats_alone_are_those_of_forward(layout, tiles):
     x = make((4, 9, 5, 3), torch.float32, layout, shift=1000.0)
     norm = None, None, None, None
-    _, _, mean, rstd = triton_kernels.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
-    our_mean, m2, count = triton_kernels.batch_norm_stats(x).split([9, 9, 1])
+    _, _, mean, rstd = ops.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
+    our_mean, m2, count = ops.batch_norm_stats(x).split([9, 9, 1])
     assert count.tolist() == [4 * 5 * 3]
     assert torch.equal(our_mean, mean)
     torch.testing.assert_close((m2 / count + EPS).rsqrt(), rstd)
@@ -506,18 +496,18 @@ def test_runs_are_bitwise_equal(layout, tiles):
     no_buffers = weight, bias, None, None
 
     def run():
-        out, mask, *statistics = triton_kernels.batch_norm(
+        out, mask, *statistics = ops.batch_norm(
             x, residual, *no_buffers, True, 0.1, EPS, True, True
         )
         yield from (out, mask, *statistics)
-        yield from triton_kernels.batch_norm_backward(
+        yield from ops.batch_norm_backward(
             dout, x, mask, weight, bias, *statistics, True, True, True, True, True
         )
-        out, mask, *statistics = triton_kernels.dual_batch_norm(
+        out, mask, *statistics = ops.dual_batch_norm(
             x, residual, *no_buffers, *no_buffers, True, 0.1, EPS, 0.1, EPS, True
         )
         yield from (out, mask, *statistics)
-        yield from triton_kernels.dual_batch_norm_backward(
+        yield from ops.dual_batch_norm_backward(
             dout, x, residual, mask, weight, bias, weight, bias, *statistics, True, True, True, True
         )
 
