@@ -44,12 +44,13 @@ struct Norm {
 struct BatchNormForward {
   View view;
   Dtype dtype;
-  const void *x, *residual;  // residual or null
+  const void* x;
+  const void* residual = nullptr;
   Norm norm, residual_norm;  // residual_norm may be absent
   bool training, relu;
   void* out;
   int64_t out_pitch;  // in elements, from one outer index to the next; out may be part of a tensor
-  uint8_t* mask;      // or null
+  uint8_t* mask = nullptr;
 };
 
 // What a rank has of a batch: of each channel of x the mean, then of each M2 = Σ(x - mean)², then
@@ -77,23 +78,23 @@ struct BatchNormBackward {
   View view;
   Dtype dtype;
   const void *dout, *x;
-  const void* residual;  // what residual_norm normalised; null if that is absent
-  const uint8_t* mask;   // or null, but not with residual_norm
+  const void* residual = nullptr;  // what residual_norm normalised; null if that is absent
+  const uint8_t* mask = nullptr;   // there with residual_norm
   Norm norm, residual_norm;
   // In training, where x is a part of the batch: over the whole of it, the mean of g of each
   // channel, then of each that of g·x̂. In statistics precision, or null; not with residual_norm.
-  const void* means;
+  const void* means = nullptr;
   bool training, relu;
   void *dx, *dresidual;          // or null
   ChannelVector dweight, dbias;  // or absent
   ChannelVector residual_dweight, residual_dbias;
-  bool need_dparams;
 
   // Σg and Σg·x̂ are gradients of their own, and in training every element of dx needs them; with
   // residual_norm, so does every element of dresidual.
   constexpr bool reduces() const {
     const bool needs_means = training && (dx || (residual_norm.present() && dresidual));
-    return need_dparams || (needs_means && !means);
+    return dweight.data || dbias.data || residual_dweight.data || residual_dbias.data ||
+           (needs_means && !means);
   }
 };
 

@@ -51,7 +51,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(
       .x = x.data_ptr(),
       .residual = residual ? data_like(*residual, x, "residual") : nullptr,
       .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
-      .residual_norm = {},
       .training = training,
       .relu = relu,
       .out = out.data_ptr(),
@@ -77,20 +76,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
       .dtype = dtype_of(x),
       .dout = data_like(dout, x, "dout"),
       .x = x.data_ptr(),
-      .residual = nullptr,
       .mask = mask ? mask_data(*mask, x, view) : nullptr,
       .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
-      .residual_norm = {},
-      .means = nullptr,
       .training = training,
       .relu = relu,
       .dx = need_dx ? dx.data_ptr() : nullptr,
       .dresidual = need_dresidual ? dresidual.data_ptr() : nullptr,
       .dweight = gradient_data(dweight, x, "dweight"),
       .dbias = gradient_data(dbias, x, "dbias"),
-      .residual_dweight = {},
-      .residual_dbias = {},
-      .need_dparams = need_dparams,
   });
   return {dx, dresidual, dweight, dbias};
 }
@@ -109,14 +102,11 @@ std::tuple<Tensor, Tensor> batch_norm_relu_into(const Tensor& x, const OptionalT
       .view = view,
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
-      .residual = nullptr,
       .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
-      .residual_norm = {},
       .training = training,
       .relu = true,
       .out = out.data_ptr(),
       .out_pitch = pitch_of(out, x, view),
-      .mask = nullptr,
   });
   return {mean, rstd};
 }
@@ -176,7 +166,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backw
       .mask = bits,
       .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
       .residual_norm = norm_of(residual_weight, residual_bias, {}, {}, 0, 0, mean, rstd, 1, x),
-      .means = nullptr,
       .training = training,
       .relu = true,
       .dx = need_dx ? dx.data_ptr() : nullptr,
@@ -185,7 +174,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backw
       .dbias = gradient_data(dbias, x, "dbias"),
       .residual_dweight = gradient_data(residual_dweight, x, "residual_dweight"),
       .residual_dbias = gradient_data(residual_dbias, x, "residual_dbias"),
-      .need_dparams = need_dparams,
   });
   return {dx, dresidual, dweight, dbias, residual_dweight, residual_dbias};
 }
@@ -248,20 +236,13 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dout, const T
       .dtype = dtype_of(x),
       .dout = data_like(dout, x, "dout"),
       .x = x.data_ptr(),
-      .residual = nullptr,
       .mask = mask ? mask_data(*mask, x, view) : nullptr,
       .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
-      .residual_norm = {},
       .means = statistics_data(means, 2, x, "means: expected two a channel, like mean and rstd"),
       .training = true,
       .relu = relu,
       .dx = need_dx ? dx.data_ptr() : nullptr,
       .dresidual = need_dresidual ? dresidual.data_ptr() : nullptr,
-      .dweight = {},
-      .dbias = {},
-      .residual_dweight = {},
-      .residual_dbias = {},
-      .need_dparams = false,
   });
   return {dx, dresidual};
 }
