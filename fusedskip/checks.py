@@ -20,16 +20,25 @@ def check_activation(x: Tensor) -> None:
         raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
 
 
-def check_residual(residual: Tensor, x: Tensor) -> None:
-    """Raise `TypeError` or `ValueError` unless `residual` is like `x`."""
+def check_same_shape(residual: Tensor, x: Tensor) -> None:
+    """Raise `ValueError`, which names both shapes, if they differ: a sum never broadcasts."""
     if residual.shape != x.shape:
         raise ValueError(
             f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}"
         )
-    if residual.dtype != x.dtype:
-        raise TypeError(f"residual: expected dtype {x.dtype} like x, got {residual.dtype}")
-    if residual.device != x.device:
-        raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: expected dtype {x.dtype} like x, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
+
+
+def check_residual(residual: Tensor, x: Tensor) -> None:
+    """Raise `TypeError` or `ValueError` unless `residual` is like `x`."""
+    check_same_shape(residual, x)
+    _check_like("residual", residual, x)
 
 
 def check_skip(skip: Tensor, x: Tensor) -> None:
@@ -39,10 +48,7 @@ def check_skip(skip: Tensor, x: Tensor) -> None:
             f"skip: expected shape {tuple(x.shape)} of x but for the channels, "
             f"got {tuple(skip.shape)}"
         )
-    if skip.dtype != x.dtype:
-        raise TypeError(f"skip: expected dtype {x.dtype} like x, got {skip.dtype}")
-    if skip.device != x.device:
-        raise ValueError(f"skip: expected device {x.device} like x, got {skip.device}")
+    _check_like("skip", skip, x)
 
 
 def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:

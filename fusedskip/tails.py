@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import functional
+from fusedskip.checks import check_same_shape
 from fusedskip.modules import SyncBatchNorm, apply_dual_norm, apply_norm
 
 # The norms that kernels compute, by exact type, and what else must hold of one.
@@ -196,14 +197,6 @@ def is_exactly(kind: type[nn.Module] | tuple[type[nn.Module], ...], *modules: nn
     return not _has_any_global_hook() and all(type(m) in kinds and is_plain(m) for m in modules)
 
 
-def check_same_shape(x: Tensor, residual: Tensor) -> None:
-    """Raise `ValueError`, which names both shapes, if they differ: a sum never broadcasts."""
-    if residual.shape != x.shape:
-        raise ValueError(
-            f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}"
-        )
-
-
 def children(module: nn.Module, names: tuple[str, ...] | None) -> list[nn.Module | None]:
     """The children of these names, or all of them."""
     if names is None:
@@ -232,7 +225,7 @@ def run_steps(steps: list[Step], x: Tensor) -> Tensor:
 
 def _add_same_shape(x: Tensor, residual: Tensor) -> Tensor:
     if isinstance(x, Tensor):  # FX traces with proxies, which have no shape to speak of
-        check_same_shape(x, residual)
+        check_same_shape(residual, x)
     return x + residual
 
 

@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "functional": {"autograd", "backends", "checks", "layout", "reference", "tracing"},
     "distributed": {"backends", "checks", "layout", "reference"},
     "modules": {"distributed", "functional", "tracing"},
-    "tails": {"functional", "modules"},
-    "blocks": {"functional", "modules", "tails", "tracing", "blocks"},
+    "tails": {"checks", "functional", "modules"},
+    "blocks": {"checks", "functional", "modules", "tails", "tracing", "blocks"},
     "surgery": {"modules", "tails", "surgery"},
 }
 

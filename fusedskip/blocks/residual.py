@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedskip import functional
-from fusedskip.tails import check_same_shape, is_exactly, skip_connection
+from fusedskip.checks import check_same_shape
+from fusedskip.tails import is_exactly, skip_connection
 from fusedskip.tracing import leaf
 
 
@@ -60,7 +61,7 @@ class PlainResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv2(self.relu(self.conv1(x)))
         residual = self.shortcut(x)
-        check_same_shape(out, residual)
+        check_same_shape(residual, out)
         return out + residual  # in place is no faster, and a hook on conv2 may forbid it
 
 
@@ -139,5 +140,5 @@ class SkipConnectionBlock(nn.Module):
         out = self.relu(self.conv1(x))
         out = conv._conv_forward(out, conv.weight, None)
         residual = projection._conv_forward(x, projection.weight, None)
-        check_same_shape(out, residual)
+        check_same_shape(residual, out)
         return functional.bias_add_relu(out, residual, torch.add(conv.bias, projection.bias))
