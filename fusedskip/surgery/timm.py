@@ -146,29 +146,32 @@ class _FusedScales(FusedSkip):
     _fused_act = "relu"
 
     @classmethod
-    def _fused_plan_of(cls, module: Any) -> Plan:
-        tail = super()._fused_plan_of(module)
+    def _fused_plans_of(cls, module: Any) -> tuple[Plan, list[Plan]]:
+        """That of the tail, and those of the convolutions before it, with norm and activation."""
         pairs = [(module.conv1, module.bn1), *zip(module.convs, module.bns, strict=True)]
-        plans = [*(tails.plan_chain((*pair, module.relu)) for pair in pairs), tail]
+        scales = [tails.plan_chain((*pair, module.relu)) for pair in pairs]
+        return super()._fused_plan_of(module), scales
+
+    @classmethod
+    def _fused_plan_of(cls, module: Any) -> Plan:
+        tail, scales = cls._fused_plans_of(module)
+        plans = [*scales, tail]
         return tail._replace(
             branch=[step for plan in plans for step in plan.branch],
-            norms=[*(bn for _, bn in pairs), *tail.norms],
+            norms=[module.bn1, *module.bns, *tail.norms],
             bypassed=[child for plan in plans for child in plan.bypassed],
         )
 
-    def _run_scales(self, plan: Plan, x: Tensor, skip: Tensor) -> Tensor:
-        # Steps a convolution with its norm and activation.
-        width = 2 if plan.relu or type(self.relu) is nn.Identity else 3
-        steps = [plan.branch[i : i + width] for i in range(0, len(plan.branch), width)]
-        parts = torch.split(tails.run_steps(steps[0], x), self.width, 1)
+    def _run_scales(self, x: Tensor, skip: Tensor) -> Tensor:
+        tail, (first, *scales) = self._fused_plans_of(self)
+        parts = torch.split(tails.run_steps(first.branch, x), self.width, 1)
         outs: list[Tensor] = []
-        for i in range(len(self.convs)):
+        for i, scale in enumerate(scales):
             part = parts[i] if i == 0 or self.is_first else outs[-1] + parts[i]
-            outs.append(tails.run_steps(steps[i + 1], part))
+            outs.append(tails.run_steps(scale.branch, part))
         if self.scale > 1:
             outs.append(parts[-1] if self.pool is None else self.pool(parts[-1]))
-        rest = plan.branch[width * (1 + len(self.convs)) :]
-        return tails.run_skip(plan._replace(branch=rest), torch.cat(outs, 1), skip)
+        return tails.run_skip(tail, torch.cat(outs, 1), skip)
 
 
 class FusedBottle2neck(_FusedScales, res2net.Bottle2neck, forward="168a6143acc4"):
@@ -178,7 +181,7 @@ class FusedBottle2neck(_FusedScales, res2net.Bottle2neck, forward="168a6143acc4"
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self._fused_plan_of(self)
-        return self._run_scales(plan, x, x) if self._may_run(plan, x) else super().forward(x)
+        return self._run_scales(x, x) if self._may_run(plan, x) else super().forward(x)
 
 
 class _FusedDla(FusedSkip):
@@ -211,7 +214,7 @@ class FusedDlaBottle2neck(_FusedScales, dla.DlaBottle2neck, forward="b9e18ad8018
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
         plan = self._fused_plan_of(self)
         if self._may_run(plan, x):
-            return self._run_scales(plan, x, x if shortcut is None else shortcut)
+            return self._run_scales(x, x if shortcut is None else shortcut)
         return self._fused_replaces.forward(self, x, shortcut, children)
 
 
