@@ -45,7 +45,7 @@ class AddReLU(torch.autograd.Function):
         return dx, dout if ctx.relu_first else dx, None, None
 
 
-def shift(
+def bias_add_relu_forward(
     backend: str, x: Tensor, residual: Tensor, bias: Tensor, save_mask: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`relu(x + residual + bias)`: the norm in evaluation, of mean 0, variance 1 and no weight."""
@@ -60,7 +60,8 @@ class BiasAddReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, bias: Tensor, backend: str) -> Tensor:
         x = dense(x)
-        out, *saved = shift(backend, x, laid_out_like(residual, x), bias, save_mask=True)
+        residual = laid_out_like(residual, x)
+        out, *saved = bias_add_relu_forward(backend, x, residual, bias, save_mask=True)
         ctx.save_for_backward(bias, *saved)
         ctx.strides, ctx.backend = out.stride(), backend
         return out

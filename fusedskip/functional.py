@@ -1,6 +1,7 @@
 """The public functions: each checks its arguments once, and then is one autograd Function.
 
-Shapes: activations are `(N, C, *)`, parameters and running buffers `(C,)`.
+Shapes: activations are `(N, C, *)`, parameters and running buffers `(C,)`. Where `use_backend` has
+named a backend that cannot take the tensors, all of them raise `RuntimeError`.
 """
 
 import warnings
@@ -89,7 +90,8 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     if needs_grad:
         return autograd.BiasAddReLU.apply(x, _distinct(residual, x), bias, backend)
     x = dense(x)
-    return autograd.shift(backend, x, laid_out_like(residual, x), bias, save_mask=False)[0]
+    residual = laid_out_like(residual, x)
+    return autograd.bias_add_relu_forward(backend, x, residual, bias, save_mask=False)[0]
 
 
 @overridable
@@ -144,7 +146,13 @@ def batch_norm_add(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`batch_norm(x) + residual`; the arguments are those of `batch_norm_add_relu`."""
+    """`batch_norm(x) + residual`, the tail of a residual block without an activation.
+
+    Keeps `x` and two numbers a channel for the backward pass. The arguments, the result and the
+    errors are those of `batch_norm_add_relu`.
+
+    Semantics: `torch.nn.functional.batch_norm`, `torch.add`, rounded once.
+    """
     return _batch_norm(
         x, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu=False
     )
@@ -386,7 +394,7 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-# Under dynamo the answer is that while it traces, and it guards on what that is.
+# A constant to dynamo, which guards on the active transforms by itself.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_transformed() -> bool:
     """Whether the call is inside `torch.func.grad`, `vmap` or forward-mode differentiation."""

@@ -21,7 +21,7 @@ def relu_add(x: Tensor, residual: Tensor) -> Tensor:
 
 def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     """`relu(x + residual + bias)`, `bias` a number a channel."""
-    return _add(torch.add(x, residual), _wide(bias.to(x.dtype), x)).relu_()
+    return _add(torch.add(x, residual), _per_channel(bias.to(x.dtype), x)).relu_()
 
 
 def batch_norm(
@@ -96,7 +96,7 @@ class Stages:
         x = x.to(_statistics_dtype(x))
         count = x.new_full((1,), x.numel() // x.shape[1])
         mean = _sum(x) / count.clamp(min=1)
-        return torch.cat([mean, _sum((x - _wide(mean, x)) ** 2), count])
+        return torch.cat([mean, _sum((x - _per_channel(mean, x)) ** 2), count])
 
     @staticmethod
     def batch_norm_merge(
@@ -166,17 +166,17 @@ class Stages:
     ) -> tuple[Tensor, Tensor]:
         g = Stages._gated(dout, x, mask, weight, bias, mean, rstd, relu)
         x_hat = Stages._normalised(x, None, None, mean, rstd)
-        mean_g, mean_gx = (_wide(m, x) for m in means.chunk(2))
+        mean_g, mean_gx = (_per_channel(m, x) for m in means.chunk(2))
         scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-        return (_wide(scale, x) * (g - mean_g - x_hat * mean_gx)).to(x.dtype), g
+        return (_per_channel(scale, x) * (g - mean_g - x_hat * mean_gx)).to(x.dtype), g
 
     @staticmethod
     def _normalised(
         x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
     ) -> Tensor:
-        out = (x.to(mean.dtype) - _wide(mean, x)) * _wide(rstd, x)
-        out = out if weight is None else out * _wide(weight.to(mean.dtype), x)
-        return out if bias is None else out + _wide(bias.to(mean.dtype), x)
+        out = (x.to(mean.dtype) - _per_channel(mean, x)) * _per_channel(rstd, x)
+        out = out if weight is None else out * _per_channel(weight.to(mean.dtype), x)
+        return out if bias is None else out + _per_channel(bias.to(mean.dtype), x)
 
     @staticmethod
     def _gated(
@@ -203,7 +203,7 @@ def _sum(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1).sum(1)
 
 
-def _wide(vector: Tensor, x: Tensor) -> Tensor:
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
     """A number a channel, to be broadcast over `x`."""
     return vector.view(-1, *(1,) * (x.dim() - 2))
 

@@ -209,7 +209,7 @@ def oracle(problem, out):
 
     pre = norm("x") if problem.has_norm else leaves["x"]
     if problem.function == "bias_add_relu":
-        pre = pre + wide(leaves["bias"], pre)
+        pre = pre + per_channel_view(leaves["bias"], pre)
     residual = leaves.get("residual")
     if problem.is_dual:
         residual = norm("residual", "residual_")
@@ -232,7 +232,7 @@ def oracle(problem, out):
     return {"out": out.detach(), **gradients, **buffers}
 
 
-def wide(vector, like):
+def per_channel_view(vector, like):
     """A number a channel, to be broadcast over `like`."""
     return vector.view(-1, *[1] * (like.dim() - 2))
 
@@ -248,14 +248,14 @@ def norm_scales(problem, name, prefix):
     else:
         variance, mean = (problem.tensors[prefix + n] for n in ("running_var", "running_mean"))
     rstd = (variance + problem.options.get("eps", 1e-5)).rsqrt()
-    scale = wide(rstd if weight is None else rstd * weight.abs(), x)
-    spread = x.abs() + wide(mean.abs(), x)
+    scale = per_channel_view(rstd if weight is None else rstd * weight.abs(), x)
+    spread = x.abs() + per_channel_view(mean.abs(), x)
     terms = scale * spread
     if bias is not None:
-        terms = terms + wide(bias.abs(), x)
-    x_hat = wide(rstd, x) * spread
+        terms = terms + per_channel_view(bias.abs(), x)
+    x_hat = per_channel_view(rstd, x) * spread
     d_x_hat = dout * x_hat
-    through_statistics = dout.mean() + x_hat * wide(d_x_hat.mean(per_channel), x)
+    through_statistics = dout.mean() + x_hat * per_channel_view(d_x_hat.mean(per_channel), x)
     return terms, {
         f"d{name}": (scale * (dout + through_statistics)).max(),
         f"d{prefix}weight": d_x_hat.sum(per_channel).max(),
@@ -273,7 +273,7 @@ def term_scales(problem):
         terms, of_norm = norm_scales(problem, "x", "")
         scales |= of_norm
     elif problem.function == "bias_add_relu":
-        terms = terms + wide(problem.bias.abs(), terms)
+        terms = terms + per_channel_view(problem.bias.abs(), terms)
         scales["dbias"] = problem.dout.abs().transpose(0, 1).flatten(1).sum(1).max()
     if problem.is_dual:
         residual, of_norm = norm_scales(problem, "residual", "residual_")

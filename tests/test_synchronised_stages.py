@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fusedskip import backends, ops
 
-from .support import DTYPES, LAYOUTS, SHAPES, interpreted, lay_out, wide
+from .support import DTYPES, LAYOUTS, SHAPES, interpreted, lay_out, per_channel_view
 
 
 def shapes_of(backend):
@@ -135,16 +135,16 @@ def test_backward_apply(backend, device, layout, dtype, gate):
             kernels, x, weight, bias, residual if gate == "mask" else None, relu
         )
         g = torch.where(out > 0, dout, 0) if relu else dout
-        centred = x.double() - wide(mean.double(), x)
-        x_hat = centred * wide(rstd.double(), x)
+        centred = x.double() - per_channel_view(mean.double(), x)
+        x_hat = centred * per_channel_view(rstd.double(), x)
         # Not those of this x: the rest of the batch is elsewhere.
         means = torch.randn(2, shape[1], dtype=torch.float64).to(device, mean.dtype)
-        mean_g, mean_gx = (wide(vector.double(), x) for vector in means)
+        mean_g, mean_gx = (per_channel_view(vector.double(), x) for vector in means)
         dx, dresidual = kernels.batch_norm_backward_apply(
             dout, x, mask, weight, bias, mean, rstd, means.flatten(), relu, True, True
         )
         assert torch.equal(dresidual, g)
-        scale = wide(weight.double() * rstd.double(), x)
+        scale = per_channel_view(weight.double() * rstd.double(), x)
         want = scale * (g.double() - mean_g - x_hat * mean_gx)
         terms = scale.abs() * (g.double().abs() + mean_g.abs() + (x_hat * mean_gx).abs())
         bound = eps_of(dtype) * want.abs().max() + 4 * eps_of(mean.dtype) * terms.max()

@@ -57,13 +57,13 @@ def batch_norm_apply_kernel(
 
     n_positions = tl.cast(n_outer, INDEX_DTYPE) * n_inner
     if mean_ptr is not None:
-        mean, a, bias = finish_statistics(
+        mean, scale, bias = finish_statistics(
             x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
             partials_ptr, mean_ptr, rstd_ptr, channels, n_splits, n_channels, n_inner, n_positions,
             ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
         )  # fmt: skip
         # In bf16 channels-first 40 registers, else 70; of two norms 40, else 122.
-        mean, a = uniform(mean), uniform(a)
+        mean, scale = uniform(mean), uniform(scale)
     if residual_mean_ptr is not None:
         residual_mean, residual_a, residual_bias = finish_statistics(
             residual_ptr, residual_weight_ptr, residual_bias_ptr,
@@ -88,7 +88,7 @@ def batch_norm_apply_kernel(
         if residual_ptr is not None:
             residual = load_last(residual_ptr + offsets, valid).to(ACC_DTYPE)
         if mean_ptr is not None:
-            out = normalise(out, mean, a, bias)
+            out = normalise(out, mean, scale, bias)
         if RELU_FIRST:
             passes = relu_passes(out, out_ptr.dtype.element_ty)
             out = tl.where(passes, out, 0.0)
@@ -117,7 +117,7 @@ def finish_statistics(
     partials_ptr, mean_ptr, rstd_ptr, channels, n_splits, n_channels, n_inner, n_positions,
     dtype: tl.constexpr, STATS_POSITIONS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, a and bias of channels; the first program stores mean, rstd and running buffers."""
+    """Mean, scale and bias of channels; the first program stores mean, rstd and running buffers."""
     if partials_ptr is not None:
         mean, m2 = merge_moments(
             x_ptr, partials_ptr, channels, n_splits, n_channels, n_inner, n_positions,
@@ -130,13 +130,13 @@ def finish_statistics(
     rstd = tl.rsqrt(var + eps).to(dtype)  # in fp64, as eps is
     if tl.program_id(1) == 0:
         if partials_ptr is not None and running_mean_ptr is not None:
-            unbiased = divide(m2, tl.maximum(n_positions - 1, 1).to(dtype))
+            unbiased = divide(m2, (n_positions - 1).to(dtype))
             update_running(running_mean_ptr, mean, momentum, channels, n_channels)
             update_running(running_var_ptr, unbiased, momentum, channels, n_channels)
         tl.store(mean_ptr + channels, mean, mask=channels < n_channels)
         tl.store(rstd_ptr + channels, rstd, mask=channels < n_channels)
-    a = load_channels(weight_ptr, channels, n_channels, 1.0, dtype) * rstd
-    return mean, a, load_channels(bias_ptr, channels, n_channels, 0.0, dtype)
+    scale = load_channels(weight_ptr, channels, n_channels, 1.0, dtype) * rstd
+    return mean, scale, load_channels(bias_ptr, channels, n_channels, 0.0, dtype)
 
 
 class Norm(NamedTuple):

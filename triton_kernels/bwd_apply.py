@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .bwd_reduce import load_threshold
+from .bwd_reduce import load_gate
 from .launch import SIZES, Plan, View, padded
 from .tile import (
     divide,
@@ -51,7 +51,7 @@ def batch_norm_bwd_apply_kernel(
 
     mean = load_channels(mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
     rstd = load_channels(rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
-    a = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
+    scale = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
     bias = load_channels(bias_ptr, channels, n_channels, 0.0, ACC_DTYPE)
     if residual_ptr is not None:
         residual_mean = load_channels(residual_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
@@ -63,7 +63,7 @@ def batch_norm_bwd_apply_kernel(
         sum_g = sum_partials(partials_ptr, 0, channels, n_splits, n_channels, BLOCK_SPLITS)
         sum_gx = sum_partials(partials_ptr, 1, channels, n_splits, n_channels, BLOCK_SPLITS)
         k2, k3 = finish_sums(
-            sum_g, sum_gx, a, rstd, dweight_ptr, dbias_ptr, channels, n_channels, n_positions
+            sum_g, sum_gx, scale, rstd, dweight_ptr, dbias_ptr, channels, n_channels, n_positions
         )
         # In bf16 channels-first 37 registers, else 69; of two norms 50, else 120.
         k2, k3 = uniform(k2), uniform(k3)
@@ -77,7 +77,7 @@ def batch_norm_bwd_apply_kernel(
     if means_ptr is not None:
         mean_g = load_channels(means_ptr, channels, n_channels, 0.0, ACC_DTYPE)
         mean_gx = load_channels(means_ptr + n_channels, channels, n_channels, 0.0, ACC_DTYPE)
-        k2, k3 = -a * rstd * mean_gx, -a * mean_g
+        k2, k3 = -scale * rstd * mean_gx, -scale * mean_g
 
     if dx_ptr is not None or dresidual_ptr is not None:
         # From the last tile to the first: the end of what bwd_reduce read is still in L2.
@@ -93,8 +93,8 @@ def batch_norm_bwd_apply_kernel(
             if residual_ptr is not None:
                 residual = load_last(residual_ptr + offsets, valid)
             if RELU:
-                passes = load_threshold(
-                    mask_ptr, x, mean, a, bias, tile, n_outer, n_channels, n_inner,
+                passes = load_gate(
+                    mask_ptr, x, mean, scale, bias, tile, n_outer, n_channels, n_inner,
                     BLOCK_POSITIONS, BLOCK_CHANNELS, CHANNELS_LAST,
                 )  # fmt: skip
                 g = tl.where(passes, g, 0.0)
@@ -108,7 +108,7 @@ def batch_norm_bwd_apply_kernel(
                 dresidual = dresidual.to(dresidual_ptr.dtype.element_ty)
                 tl.store(dresidual_ptr + offsets, dresidual, mask=valid)
             if dx_ptr is not None:
-                dx = a[None, :] * g.to(ACC_DTYPE)
+                dx = scale[None, :] * g.to(ACC_DTYPE)
                 if TRAINING:
                     dx += k2[None, :] * (x.to(ACC_DTYPE) - mean[None, :]) + k3[None, :]
                 tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=valid)
@@ -122,7 +122,9 @@ def sum_partials(partials_ptr, plane, channels, n_splits, n_channels, BLOCK_SPLI
 
 
 @triton.jit
-def finish_sums(dbias, sum_gx, a, rstd, dweight_ptr, dbias_ptr, channels, n_channels, n_positions):
+def finish_sums(
+    dbias, sum_gx, scale, rstd, dweight_ptr, dbias_ptr, channels, n_channels, n_positions
+):
     """k2 and k3 of channels; the first program stores dweight and dbias."""
     dweight = rstd * sum_gx
     if tl.program_id(1) == 0:
@@ -130,7 +132,7 @@ def finish_sums(dbias, sum_gx, a, rstd, dweight_ptr, dbias_ptr, channels, n_chan
             tl.store(dweight_ptr + channels, dweight, mask=channels < n_channels)
         if dbias_ptr is not None:
             tl.store(dbias_ptr + channels, dbias, mask=channels < n_channels)
-    return divide(-a * rstd * dweight, n_positions), divide(-a * dbias, n_positions)
+    return divide(-scale * rstd * dweight, n_positions), divide(-scale * dbias, n_positions)
 
 
 def bwd_apply(

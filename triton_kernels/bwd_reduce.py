@@ -40,7 +40,7 @@ def batch_norm_bwd_reduce_kernel(
     split, n_splits = tl.program_id(1), tl.num_programs(1)
     mean = load_channels(mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
     rstd = load_channels(rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
-    a = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
+    scale = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
     bias = load_channels(bias_ptr, channels, n_channels, 0.0, ACC_DTYPE)
 
     sum_g = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
@@ -59,8 +59,8 @@ def batch_norm_bwd_reduce_kernel(
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + offsets, mask=valid, other=0.0)
         if RELU:
-            passes = load_threshold(
-                mask_ptr, x, mean, a, bias, tile, n_outer, n_channels, n_inner,
+            passes = load_gate(
+                mask_ptr, x, mean, scale, bias, tile, n_outer, n_channels, n_inner,
                 BLOCK_POSITIONS, BLOCK_CHANNELS, CHANNELS_LAST,
             )  # fmt: skip
             g = tl.where(passes, g, 0.0)
@@ -80,8 +80,8 @@ def batch_norm_bwd_reduce_kernel(
 
 
 @triton.jit
-def load_threshold(
-    mask_ptr, x, mean, a, bias, tile, n_outer, n_channels, n_inner,
+def load_gate(
+    mask_ptr, x, mean, scale, bias, tile, n_outer, n_channels, n_inner,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Where forward's ReLU passed, bool, shape of the tile x: from the mask, or else from x."""
@@ -92,7 +92,7 @@ def load_threshold(
         octets = tl.load(mask_ptr + offsets, mask=valid, other=0)
         return unpack_bits(octets, BLOCK_POSITIONS, BLOCK_CHANNELS)
     else:
-        return relu_passes(normalise(x.to(mean.dtype), mean, a, bias), x.dtype)
+        return relu_passes(normalise(x.to(mean.dtype), mean, scale, bias), x.dtype)
 
 
 def bwd_reduce(

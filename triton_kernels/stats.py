@@ -35,15 +35,15 @@ def batch_norm_stats_kernel(
     n_tiles = tl.cdiv(n_positions, BLOCK_POSITIONS)
 
     # Sums are taken about the mean of the split's first tile. As that tile is part of the split,
-    # (mean - shift)^2 <= var * (tiles - 1): the subtraction at the end loses at most log2(tiles)
+    # (mean - pivot)^2 <= var * (tiles - 1): the subtraction at the end loses at most log2(tiles)
     # bits of M2, whatever the data.
     offsets, valid = tile_offsets(
         split, channels, n_outer, n_channels, n_inner, n_inner, BLOCK_POSITIONS, CHANNELS_LAST
     )
     x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
     first_count = tl.minimum(n_positions - split * BLOCK_POSITIONS, BLOCK_POSITIONS).to(ACC_DTYPE)
-    shift = finite_or_zero(divide(tl.sum(x, axis=0), first_count))
-    deviation = tl.where(valid, x - shift[None, :], 0.0)
+    pivot = finite_or_zero(divide(tl.sum(x, axis=0), first_count))
+    deviation = tl.where(valid, x - pivot[None, :], 0.0)
     total = deviation
     squares = deviation * deviation
     for tile in range(split + n_splits, n_tiles, n_splits):
@@ -51,18 +51,18 @@ def batch_norm_stats_kernel(
             tile, channels, n_outer, n_channels, n_inner, n_inner, BLOCK_POSITIONS, CHANNELS_LAST
         )
         x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(ACC_DTYPE)
-        deviation = tl.where(valid, x - shift[None, :], 0.0)
+        deviation = tl.where(valid, x - pivot[None, :], 0.0)
         total += deviation
         squares += deviation * deviation
 
     count = split_counts(split, n_splits, n_positions, BLOCK_POSITIONS).to(ACC_DTYPE)
     total = tl.sum(total, axis=0)
-    from_shift = divide(total, count)
-    m2 = tl.sum(squares, axis=0) - total * from_shift
+    from_pivot = divide(total, count)
+    m2 = tl.sum(squares, axis=0) - total * from_pivot
     m2 = tl.where(m2 < 0, 0.0, m2)
     origin = load_origin(x_ptr, channels, n_channels, n_inner, ACC_DTYPE)
     partials_ptr += split * n_channels + channels
-    tl.store(partials_ptr, shift - origin + from_shift, mask=channels < n_channels)
+    tl.store(partials_ptr, pivot - origin + from_pivot, mask=channels < n_channels)
     tl.store(partials_ptr + n_splits * n_channels, m2, mask=channels < n_channels)
 
 

@@ -138,12 +138,12 @@ def uniform(values):
 
 
 @triton.jit
-def normalise(x, mean, a, bias):
+def normalise(x, mean, scale, bias):
     """(x - mean) * a + bias, from which backward recomputes forward's threshold bit for bit.
 
-    Not a * x + b: with mean >> std that b would cancel nearly all of a * x.
+    Not scale * x + b: with mean >> std that b would cancel nearly all of scale * x.
     """
-    return tl.fma(x - mean[None, :], a[None, :], bias[None, :])
+    return tl.fma(x - mean[None, :], scale[None, :], bias[None, :])
 
 
 @triton.jit

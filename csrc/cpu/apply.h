@@ -13,16 +13,16 @@ enum class Term { kAbsent, kPlain, kNormalised };
 template <typename T, Term kTerm, bool kPerLane>
 struct TermOf {
   using S = StatisticsOf<T>;
-  Coefficient<S, kPerLane> mean, scale, shift;
+  Coefficient<S, kPerLane> mean, scale, bias;
 
   explicit TermOf(const Affine& affine)
-      : mean(affine.mean), scale(affine.scale), shift(affine.shift) {}
+      : mean(affine.mean), scale(affine.scale), bias(affine.bias) {}
 
   template <typename... N>
   Pack<S> operator()(const T* run, int64_t i, N... n) const {
     const Pack<S> x = load(run + i, n...);
     if constexpr (kTerm == Term::kNormalised)
-      return fma(x - mean.at(i, n...), scale.at(i, n...), shift.at(i, n...));
+      return fma(x - mean.at(i, n...), scale.at(i, n...), bias.at(i, n...));
     return x;
   }
 };

@@ -36,12 +36,12 @@ class ForwardNorm {
       rstd_[c] = S(1 / std::sqrt(get(norm_.running_var, c, 1) + norm_.eps));
     }
     scale_[c] = scale_of(norm_.weight, c, rstd_[c]);
-    shift_[c] = S(get(norm_.bias, c, 0));
+    bias_[c] = S(get(norm_.bias, c, 0));
   }
 
   // Of the channels from c on.
   Affine affine(int64_t c) const {
-    return {.mean = mean_ + c, .scale = scale_ + c, .shift = shift_ + c};
+    return {.mean = mean_ + c, .scale = scale_ + c, .bias = bias_ + c};
   }
 
  private:
@@ -50,7 +50,7 @@ class ForwardNorm {
   MomentsOfTiles moments_;
   S *mean_, *rstd_;
   Coefficients<S, 2> coefficients_;
-  S *scale_ = coefficients_[0], *shift_ = coefficients_[1];
+  S *scale_ = coefficients_[0], *bias_ = coefficients_[1];
 };
 
 template <typename S>

@@ -23,7 +23,7 @@ class BackwardNorm {
         coefficients_(args.view.n_channels) {
     for (int64_t c = 0; c < args.view.n_channels; ++c) {
       scale_[c] = scale_of(norm.weight, c, rstd_[c]);
-      shift_[c] = S(get(norm.bias, c, 0));
+      bias_[c] = S(get(norm.bias, c, 0));
     }
   }
 
@@ -45,7 +45,7 @@ class BackwardNorm {
 
   // Of the channels from c on.
   Affine affine(int64_t c) const {
-    return {mean_ + c, scale_ + c, shift_ + c, args_.training ? k2_ + c : nullptr, k3_ + c};
+    return {mean_ + c, scale_ + c, bias_ + c, args_.training ? k2_ + c : nullptr, k3_ + c};
   }
 
  private:
@@ -53,7 +53,7 @@ class BackwardNorm {
   const ChannelVector &dweight_, &dbias_;
   const S *mean_, *rstd_;
   Coefficients<S, 4> coefficients_;
-  S *scale_ = coefficients_[0], *shift_ = coefficients_[1];
+  S *scale_ = coefficients_[0], *bias_ = coefficients_[1];
   S *k2_ = coefficients_[2], *k3_ = coefficients_[3];
 };
 

@@ -80,7 +80,7 @@ class Coefficients {
   std::unique_ptr<S[]> data_;
 };
 
-// The one place where y = (x - mean)·scale + shift gets its scale: backward must find bitwise what
+// The one place where y = (x - mean)·scale + bias gets its scale: backward must find bitwise what
 // forward used, to recompute the same mask.
 template <typename S>
 S scale_of(const ChannelVector& weight, int64_t c, S rstd) {

@@ -10,18 +10,18 @@ namespace fusedskip::cpu::FUSEDSKIP_ISA {
 template <typename T, Gate kGate, bool kPerLane>
 struct Gated {
   using S = StatisticsOf<T>;
-  Coefficient<S, kPerLane> mean, scale, shift;
+  Coefficient<S, kPerLane> mean, scale, bias;
   Pack<S> threshold = Pack<S>::broadcast(kLargestStoredAsZero<T>);
 
   explicit Gated(const Affine& affine)
-      : mean(affine.mean), scale(affine.scale), shift(affine.shift) {}
+      : mean(affine.mean), scale(affine.scale), bias(affine.bias) {}
 
   template <typename... N>
   Pack<S> operator()(Pack<S> g, Pack<S> centred, const uint8_t* mask, int64_t i, N... n) const {
     if constexpr (kGate == Gate::kMask)
       return keep(g, load_mask<Pack<S>::kMaskBytes>(mask, i, n...));
     if constexpr (kGate == Gate::kRecompute)
-      return keep(g, exceeds(fma(centred, scale.at(i, n...), shift.at(i, n...)), threshold));
+      return keep(g, exceeds(fma(centred, scale.at(i, n...), bias.at(i, n...)), threshold));
     return g;
   }
 };

@@ -30,11 +30,11 @@ struct Runs {
 };
 
 // The coefficients of one norm in statistics precision S: double for fp64, else float. Forward:
-// y = (x - mean)·scale + shift. Backward: dx = scale·g + k2·(x - mean) + k3, or scale·g.
+// y = (x - mean)·scale + bias. Backward: dx = scale·g + k2·(x - mean) + k3, or scale·g.
 struct Affine {
   const void* mean;  // null where there is no norm
   const void* scale;
-  const void* shift;
+  const void* bias;
   const void* k2;  // for bwd_apply alone, null in evaluation
   const void* k3;
 };

@@ -20,7 +20,7 @@ inline int64_t num_threads() {
 // do. body must not throw.
 template <typename Body>
 void parallel_for(int64_t items, int64_t elements_an_item, const Body& body) {
-  constexpr int64_t kGrain = 8192;  // elements: several passes over them take as long as a start
+  constexpr int64_t kGrain = 8192;  // elements: to start threads takes as long as several passes
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_an_item));
   if (items <= grain) {
     if (items > 0) body(int64_t{0}, items);

@@ -20,9 +20,8 @@ bool prefers_one_launch(const Args& args) {
   return one_launch_is_faster(kMeasured, pass_of(args, architecture()), args.view);
 }
 
-// What one launch of both stages has come to. Nothing where two are to be made: where they are
-// preferred, or the device has no room for one, or the driver finds that it has none after all, as
-// where processes share a GPU.
+// Tries both stages in one launch. Nothing if two are preferred, or the device has no room for one,
+// or the driver finds that it has none after all, as where processes share a GPU.
 template <typename Args>
 std::optional<cudaError_t> one_launch(const Args& args, const Allocate& allocate,
                                       cudaStream_t stream) {

@@ -18,8 +18,8 @@ __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackwa
                                      const Parts& partials, const Kept& kept) {
   constexpr int kSize = kLanes<kChannelsLast>, kNorms = cuda::kNorms<kKind>;
   // Beside four coefficients of eight channels, the registers hold one octet of each tensor. That
-  // is enough: half of the traffic is writing, and 24 KB an SM or more are on their way, of the 18
-  // KB that an H100 needs for reading alone (3.35 TB/s at 0.7 us).
+  // is enough: half of the traffic is writing, and 24 KB an SM or more are in flight, where 18 KB
+  // saturate an H100 that only reads (3.35 TB/s at 0.7 us).
   constexpr int kUnroll =
       kChannelsLast ? 1 : kInFlight<T, 1 + kNorms, kBlocksAtOnce<kChannelsLast, kNorms>>;
   T* dresidual = static_cast<T*>(args.dresidual);

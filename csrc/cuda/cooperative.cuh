@@ -58,7 +58,8 @@ class PartialsOnChip : public Partials<S> {
     }
   }
 
-  // No block may end while others read what it has left: all threads call the second last of all.
+  // Clusters read each other's shared memory: no block may end before all have read. All threads
+  // call wait_for_readers last.
   __device__ void have_been_read() const {
     if (in_clusters_) this_cluster().barrier_arrive();
   }

@@ -195,7 +195,7 @@ using ClustersAtOnce = std::array<int, kMaxCluster + 1>;
 // alone, a program having room for `rounds`: however many channel blocks there are, each is read
 // once. They are cut as wide as fits, down to 32 bytes of 16-bit elements, the least that is
 // fetched whole. Nothing where the last of few clusters would leave more than half of the GPU's
-// places empty: half of them still have 24 KB an SM on their way, of the 18 KB that it takes.
+// places empty: half of them still have 24 KB an SM in flight, where 18 KB saturate an H100.
 constexpr std::optional<Tiling> cluster_tiling(const View& view, const ClustersAtOnce& at_once,
                                                int rounds) {
   if (rounds == 0) return std::nullopt;

@@ -26,14 +26,14 @@ __device__ inline void let_next_start() {
 #endif
 }
 
-// Until what it has written is there to be read.
+// Waits until the writes of the kernel before this one are visible.
 __device__ inline void wait_for_previous() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
 
-// Of an error that is dealt with, or returned: the next launch is not to report it again.
+// Clears CUDA's last error, so that the next launch does not report this one, and returns it.
 inline cudaError_t cleared(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
   return error;
@@ -56,9 +56,9 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int sh
   return cleared(cudaLaunchKernelEx(&config, kernel, args...));
 }
 
-// What find(device) says of the current device, asked once for each; and again, if it says nothing,
-// as where the GPU has had no memory left to load a kernel that it was asked about. Then it is what
-// a default one is. A lambda: it is known by its type.
+// Caches find(device) for each device. Nothing, as where no memory was left to load the kernel that
+// is asked about, is not cached, and stands for a default value. Each lambda's type has a cache of
+// its own.
 template <typename Find, typename Found = typename std::invoke_result_t<Find, int>::value_type>
 Found once_a_device(Find find) {
   static std::mutex mutex;

@@ -49,12 +49,12 @@ class Fused(nn.Module):
 
     @classmethod
     def _fused_applies(cls, module: nn.Module) -> bool:
-        """Whether `module`, a `replaces` or already fused, has a tail at all."""
+        """Whether `module`, a `_fused_replaces` or already fused, has a tail at all."""
         return True
 
     @classmethod
     def _fused_plan_of(cls, module: nn.Module) -> Plan:
-        """What to run of `module`, a `replaces` or already fused."""
+        """What to run of `module`, a `_fused_replaces` or already fused."""
         raise NotImplementedError
 
     @classmethod
