@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedskip.backends import KERNELS
-from fusedskip.layout import dense, laid_out_like, strided
+from fusedskip.layout import dense, empty_laid_out_like, laid_out_like, strided
 
 
 class AddReLU(torch.autograd.Function):
@@ -169,11 +169,7 @@ class CatBatchNormReLU(torch.autograd.Function):
         backend: str,
     ) -> Tensor:
         dense_x, n_skip = dense(x), skip.shape[1]
-        n_channels = n_skip + x.shape[1]
-        if dense_x.is_contiguous():
-            out = x.new_empty((x.shape[0], n_channels, *x.shape[2:]))
-        else:
-            out = x.new_empty((x.shape[0], *x.shape[2:], n_channels)).movedim(-1, 1)
+        out = empty_laid_out_like(dense_x, n_skip + x.shape[1])
         out[:, :n_skip].copy_(skip)
         mean, rstd = KERNELS[backend].batch_norm_relu_into(
             dense_x, weight, bias, running_mean, running_var, out[:, n_skip:],

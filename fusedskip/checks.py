@@ -16,8 +16,9 @@ def check_activation(x: Tensor) -> None:
     """Raise `TypeError` unless kernels take tensors like `x`."""
     if x.dtype not in _DTYPES:
         raise TypeError(f"x: expected dtype float64, float32, bfloat16 or float16, got {x.dtype}")
-    if x.layout != torch.strided:
-        raise TypeError(f"x: expected a strided tensor, got layout {x.layout}")
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise TypeError(f"x: expected a strided tensor, got layout {layout}")
 
 
 def check_same_shape(residual: Tensor, x: Tensor) -> None:

@@ -4,6 +4,7 @@ Shapes: activations are `(N, C, *)`, parameters and running buffers `(C,)`. Wher
 named a backend that cannot take the tensors, all of them raise `RuntimeError`.
 """
 
+import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -378,7 +379,7 @@ def _choose(
         is_differentiated = getattr(torch._dynamo.config, "trace_autograd_ops", False)
         plain = _is_exporting() or is_differentiated or not (training or needs_grad)
     else:
-        plain = torch._C._is_tracing()
+        plain = torch._C._is_tracing() or (type(x) is not Tensor and _is_distributed(x))
     if plain or x.numel() == 0 or _is_transformed():
         return "eager"
     for vector in vectors:
@@ -392,6 +393,15 @@ def _choose(
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
+
+
+def _is_distributed(x: Tensor) -> bool:
+    """Whether `x` is a DTensor, which has rules for torch's own operators alone."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(x, module.DTensor):
+        return False
+    _warn("on distributed tensors")
+    return True
 
 
 # A constant to dynamo, which guards on the active transforms by itself.

@@ -27,6 +27,18 @@ def dense(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=memory_format if channels_last else torch.contiguous_format)
 
 
+def empty_laid_out_like(x: Tensor, n_channels: int) -> Tensor:
+    """An uninitialised tensor like the dense `x`, but for its number of channels; no view."""
+    shape = (x.shape[0], n_channels, *x.shape[2:])
+    if x.is_contiguous():
+        return x.new_empty(shape)
+    strides, stride = [1] * x.dim(), n_channels
+    for d in (*range(x.dim() - 1, 1, -1), 0):
+        strides[d] = stride
+        stride *= shape[d]
+    return x.new_empty_strided(shape, strides)
+
+
 def laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:
     """`tensor`, or a copy of it with the strides of the dense tensor `x` of the same shape."""
     return strided(tensor, x.stride())

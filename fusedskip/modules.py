@@ -4,7 +4,7 @@ They subclass `nn.BatchNorm1d/2d/3d`: constructors, parameters, buffers, state_d
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fusedskip import distributed, functional
 from fusedskip.tracing import leaf
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Call:
@@ -200,28 +202,46 @@ class AddReLU(nn.Module):
         return functional.add_relu(x, residual)
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
+_SYNCHRONISED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), SyncBatchNorm),
+    **dict.fromkeys((BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d), SyncBatchNormReLU),
+    **dict.fromkeys(
+        (BatchNormAddReLU1d, BatchNormAddReLU2d, BatchNormAddReLU3d), SyncBatchNormAddReLU
+    ),
+    nn.SyncBatchNorm: SyncBatchNorm,
+    **{kind: kind for kind in (SyncBatchNorm, SyncBatchNormReLU, SyncBatchNormAddReLU)},
+}
+
+
+def convert_sync_batchnorm(module: Model, process_group: Any = None) -> Model:
     """Make every batch norm in `module` a `SyncBatchNorm`, and fused ones remain what they are.
 
     So a `BatchNormReLU*d` becomes a `SyncBatchNormReLU`, where the conversion of `nn.SyncBatchNorm`
-    would leave the ReLU out. Convert before wrapping in DistributedDataParallel or FSDP.
+    would leave the ReLU out. Norms change their class and nothing else: hooks, parameters and
+    buffers stay. Convert before wrapping in DistributedDataParallel or FSDP.
 
     Args:
-        module: converted in place, but for a norm itself.
+        module: converted in place.
         process_group: whose batches are one; all processes by default.
 
     Returns:
-        `module`, or what a norm has become.
+        `module`.
+
+    Raises:
+        ValueError: a subclass, such as timm's `BatchNormAct2d`, may do more than a batch norm;
+            nothing has been changed. A subclass of `nn.SyncBatchNorm` stays what it is.
 
     Semantics: `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
     """
-    fused: dict[str, type[SyncBatchNorm]] = {
-        name: SyncBatchNormReLU if isinstance(norm, _BatchNormReLU) else SyncBatchNormAddReLU
-        for name, norm in module.named_modules(remove_duplicate=False)
-        if isinstance(norm, (_BatchNormReLU, _BatchNormAddReLU))
-    }
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
-    for name, norm in module.named_modules(remove_duplicate=False):
-        if type(norm) is nn.SyncBatchNorm:
-            norm.__class__ = fused.get(name, SyncBatchNorm)  # type: ignore[assignment]
+    norms = {n: m for n, m in module.named_modules() if isinstance(m, _BatchNorm)}
+    for name, norm in norms.items():
+        if type(norm) not in _SYNCHRONISED and not isinstance(norm, nn.SyncBatchNorm):
+            raise ValueError(
+                f"{name or 'module'}: a {type(norm).__name__} may do more than a batch norm, which "
+                "would be lost: convert it by the function of its library first"
+            )
+    for norm in norms.values():
+        if type(norm) in _SYNCHRONISED:
+            norm.__class__ = _SYNCHRONISED[type(norm)]
+            norm.process_group = process_group
     return module

@@ -28,9 +28,20 @@ CHAINS: dict[type[nn.Module], tuple[str, ...] | None] = {nn.Sequential: None}
 # A module to call, or a norm and the ReLU that is one operation with it.
 Step = tuple[nn.Module, nn.Module | None]
 
+
+def is_of_library(function: Callable[..., Any], owner: type[nn.Module]) -> bool:
+    """Whether a method of `owner` is code of its library or of torch: no patch of somebody else's.
+
+    By the module in which it was compiled, which `functools.wraps` does not change.
+    """
+    libraries = {"torch", owner.__module__.partition(".")[0]}
+    module: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return module.partition(".")[0] in libraries
+
+
 # The forward of what is bypassed, by exact type, as it was: a patch of the class is honoured, too.
 _PLAIN: tuple[type[nn.Module], ...] = (nn.ReLU, nn.Identity, *NORMS, *CHAINS)
-_FORWARDS = {kind: kind.forward for kind in _PLAIN}
+_FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None for kind in _PLAIN}
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -71,6 +82,10 @@ class Plan(NamedTuple):
             after = (self.shortcut_norm, *(m for step, _ in self.shortcut for m in step.modules()))
             if any(module is self.norm for module in after):
                 return self.norm, "is in the shortcut, too"
+            if self.shortcut_norm is not None:
+                running, others = self.norm._buffers, self.shortcut_norm._buffers
+                if any(t is not None and t is others.get(name) for name, t in running.items()):
+                    return self.norm, "shares running statistics with the shortcut's norm"
         return None
 
 
@@ -129,6 +144,7 @@ def run_skip(
     x: Tensor,
     skip: Tensor | None = None,
     add: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
+    shortcut_first: bool = False,
 ) -> Tensor:
     """Run the plan of a skip connection.
 
@@ -138,9 +154,14 @@ def run_skip(
         skip: the input of the shortcut, if that is not `x`.
         add: the eager sum of branch and shortcut, for what kernels do not add: another dtype (under
             autocast, when `x` is not in its dtype) and another shape.
+        shortcut_first: the order in which hooks of either see their calls.
     """
+    skip = x if skip is None else skip
+    if shortcut_first:
+        residual = run_steps(plan.shortcut, skip)
     out = run_steps(plan.branch, x)
-    residual = run_steps(plan.shortcut, x if skip is None else skip)
+    if not shortcut_first:
+        residual = run_steps(plan.shortcut, skip)
     norm: Any = plan.norm
     shortcut_norm: Any = plan.shortcut_norm
     if out.dtype != residual.dtype or out.shape != residual.shape:

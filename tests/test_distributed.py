@@ -17,6 +17,7 @@ from torch import nn
 import fusedskip
 
 from . import distributed_worker as worker
+from .libraries import timm
 
 ROOT = Path(__file__).parent.parent
 
@@ -171,6 +172,55 @@ def test_conversion_keeps_what_is_fused():
     torch.testing.assert_close(converted.state_dict(), state)
     alone = fusedskip.convert_sync_batchnorm(fusedskip.BatchNormReLU1d(3))
     assert type(alone) is fusedskip.SyncBatchNormReLU
+
+
+def test_conversion_of_a_norm_that_is_more_than_one():
+    """timm's has an activation, which torch's conversion leaves out; timm's own keeps it."""
+    model = nn.Sequential(nn.BatchNorm2d(3), timm.layers.BatchNormAct2d(3))
+    for fused in (False, True):
+        with pytest.raises(ValueError, match=r"1: a (Fused)?BatchNormAct2d may do more"):
+            fusedskip.convert_sync_batchnorm(fusedskip.fuse(model) if fused else model)
+        assert type(model[0]) is nn.BatchNorm2d
+    fusedskip.unfuse(model)
+    model[1] = timm.layers.convert_sync_batchnorm(model[1])
+    fusedskip.convert_sync_batchnorm(model)
+    assert [type(norm) for norm in model] == [
+        fusedskip.SyncBatchNorm, timm.layers.SyncBatchNormAct
+    ]  # fmt: skip
+
+
+def test_conversion_keeps_hooks_and_shared_norms():
+    norm, seen = nn.BatchNorm2d(3), []
+    norm.register_forward_hook(lambda *_: seen.append(1))
+    model = nn.Sequential(norm, nn.Sequential(norm))
+    fusedskip.convert_sync_batchnorm(model)
+    assert model[0] is model[1][0] is norm
+    model(torch.randn(2, 3, 4, 4))
+    assert len(seen) == 2
+
+
+def test_distributed_tensors_run_eagerly():
+    """DTensor has rules for torch's own operators alone."""
+    code = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_module, distribute_tensor
+import fusedskip
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+eager = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+fused = fusedskip.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+x = distribute_tensor(torch.randn(2, 3, 5, 5), mesh, [Replicate()])
+outs = [distribute_module(model, mesh)(x).full_tensor() for model in (eager, fused)]
+assert torch.equal(*outs)
+total = fusedskip.add_relu(x, x).full_tensor()
+assert torch.equal(total, (2 * x.full_tensor()).relu())
+dist.destroy_process_group()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("fusedskip runs eagerly on distributed tensors") == 1
 
 
 def test_example():

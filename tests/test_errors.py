@@ -110,6 +110,13 @@ def test_sparse_x(function):
     )
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_x():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(TypeError, match="x: expected a strided tensor, got layout nested"):
+        fusedskip.add_relu(nested, nested)
+
+
 @pytest.mark.parametrize("shape", [(), (3,)])
 @pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_too_few_dimensions(function, shape):

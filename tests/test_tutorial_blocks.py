@@ -230,6 +230,18 @@ def test_shapes_of_branch_and_shortcut_must_agree(kind):
 
 
 class TestSkipSequential:
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("spatial", [(5,), (4, 5), (2, 3, 4)])
+    def test_result_may_be_changed_in_place(self, layout, spatial):
+        """Also where autograd watches: it is no view of another tensor."""
+        x = lay_out(torch.randn(2, 3, *spatial, dtype=torch.float64), layout).requires_grad_()
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[len(spatial) - 1](3).double()
+        out = blocks.SkipSequential(norm, nn.ReLU())(x)
+        assert out.stride() == lay_out(out, layout).stride()
+        out.mul_(2)
+        want = torch.cat([x, norm(x).relu()], 1) * 2
+        torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+
     def test_is_a_sequential(self):
         layers = [nn.Conv2d(3, 4, 1), nn.Tanh()]
         block = blocks.SkipSequential(*layers)

@@ -137,7 +137,7 @@ def unfuse(model: Model) -> Model:
 
     Raises:
         ValueError: something has changed the class of a module since it was fused, as
-            parametrizations and `fully_shard` do; nothing has been changed.
+            parametrizations and `fully_shard` do, or its `forward`; nothing has been changed.
     """
     fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
     for name, module in fused.items():
@@ -145,6 +145,11 @@ def unfuse(model: Model) -> Model:
             raise ValueError(
                 f"{name or '(the model)'} has become a {type(module).__name__} since it was fused: "
                 "what did that, a parametrization or fully_shard, is to be taken back first"
+            )
+        if "forward" in module.__dict__:
+            raise ValueError(
+                f"{name or '(the model)'} has got a forward of its own since it was fused, which "
+                "may call the fused one: that is to be taken back first"
             )
     for module in fused.values():
         module.__class__ = module._fused_replaces  # type: ignore[assignment]
@@ -172,9 +177,11 @@ def _candidate(module: nn.Module, name: str) -> _Candidate | None:
     known = next((base for base in type(module).__mro__ if base in FUSED), None)
     if known is None:
         return None
+    if type(module).__module__.startswith("fusedskip.blocks"):
+        return None  # it fuses what it can by itself
     cls, type_name = FUSED[known], known.__name__
     try:
-        if not cls._fused_applies(module):
+        if not isinstance(module, Fused) and not cls._fused_applies(module):
             return None
         if isinstance(module, Fused) or type(module) is known:
             reason = cls._fused_refusal(module)

@@ -25,16 +25,17 @@ class Fused(nn.Module):
     """Base of the fused classes: `class FusedX(Fused, X, forward="...")` replaces exactly `X`.
 
     The class arguments are the methods of `X` that `FusedX` overrides, with the `fingerprint` of
-    those that it is known to equal; several releases of a library are parted by spaces. What these
-    classes add has names that no child has: an attribute of the class would hide it.
+    those that it is known to equal; several releases of a library are parted by spaces. Parameters
+    have the names that they have in `X`, for those who call by name. What these classes add has
+    names that no child has: an attribute of the class would hide it.
 
     Attributes:
         _fused_replaces: `X`.
-        _fused_changed: why this `X` is not one that is known, or None.
+        _fused_methods: the methods of `X` that are known, by name; None for one that is not.
     """
 
     _fused_replaces: ClassVar[type[nn.Module]]
-    _fused_changed: ClassVar[str | None]
+    _fused_methods: ClassVar[dict[str, Any]]
 
     if TYPE_CHECKING:  # the children of X
 
@@ -43,9 +44,20 @@ class Fused(nn.Module):
     def __init_subclass__(cls, **fingerprints: str) -> None:
         super().__init_subclass__()
         if fingerprints:
-            cls._fused_replaces = cls.__bases__[-1]
-            cls._fused_changed = _changed(cls._fused_replaces, fingerprints)
-            FUSED[cls._fused_replaces] = cls
+            replaced = cls.__bases__[-1]
+            cls._fused_replaces, FUSED[replaced] = replaced, cls
+            cls._fused_methods = {
+                name: _known(replaced, name, known) for name, known in fingerprints.items()
+            }
+
+    @classmethod
+    def _fused_changed(cls) -> str | None:
+        """Why `X` is not the one that is known, or not any more; None if it is."""
+        for name, known in cls._fused_methods.items():
+            if getattr(cls._fused_replaces, name) is not known:
+                method = f"{cls._fused_replaces.__name__}.{name}"
+                return f"{method} is not the one that fusedskip knows"
+        return None
 
     @classmethod
     def _fused_applies(cls, module: nn.Module) -> bool:
@@ -60,8 +72,10 @@ class Fused(nn.Module):
     @classmethod
     def _fused_refusal(cls, module: nn.Module) -> str | None:
         """Why `module` cannot run fused now, or None if it can."""
-        if cls._fused_changed is not None:
-            return cls._fused_changed
+        if (changed := cls._fused_changed()) is not None:
+            return changed
+        if not cls._fused_applies(module):
+            return "it has no tail any more"
         if "forward" in module.__dict__:
             return "it has a forward of its own"
         if _has_any_global_hook():
@@ -76,7 +90,7 @@ class Fused(nn.Module):
         return None
 
     def _may_run(self, plan: Plan, x: Tensor) -> bool:
-        return self._fused_changed is None and tails.may_run(plan, x)
+        return self._fused_changed() is None and tails.may_run(plan, x)
 
 
 class FusedChain(Fused):
@@ -86,7 +100,7 @@ class FusedChain(Fused):
 
     def __init_subclass__(cls, **fingerprints: str) -> None:
         super().__init_subclass__(**fingerprints)
-        if fingerprints and cls._fused_changed is None:
+        if fingerprints and cls._fused_changed() is None:
             tails.CHAINS[cls] = tails.CHAINS[cls._fused_replaces] = cls._fused_names
 
     @classmethod
@@ -114,12 +128,14 @@ class FusedSkip(Fused):
         _fused_act: the child that is called on the sum, if there is one.
         _fused_inplace: whether eager adds in place, so that the sum has dtype and shape of the
             branch.
+        _fused_shortcut_first: whether eager calls the shortcut ahead of the branch.
     """
 
     _fused_branch: ClassVar[tuple[str, ...]]
     _fused_shortcut: ClassVar[tuple[str, ...]] = ()
     _fused_act: ClassVar[str | None] = None
     _fused_inplace: ClassVar[bool] = True
+    _fused_shortcut_first: ClassVar[bool] = False
 
     @classmethod
     def _fused_plan_of(cls, module: nn.Module) -> Plan:
@@ -136,9 +152,10 @@ class FusedSkip(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self._fused_plan_of(self)
-        if self._may_run(plan, x):
-            return tails.run_skip(plan, x, add=Tensor.add_ if self._fused_inplace else Tensor.add)
-        return super().forward(x)
+        if not self._fused_applies(self) or not self._may_run(plan, x):
+            return super().forward(x)
+        add = Tensor.add_ if self._fused_inplace else Tensor.add
+        return tails.run_skip(plan, x, add=add, shortcut_first=self._fused_shortcut_first)
 
 
 def fingerprint(function: Any) -> str | None:
@@ -161,11 +178,10 @@ def fingerprint(function: Any) -> str | None:
     return hashlib.sha256(ast.unparse(definition).encode()).hexdigest()[:12]
 
 
-def _changed(replaced: type[nn.Module], fingerprints: dict[str, str]) -> str | None:
-    for method, known in fingerprints.items():
-        if fingerprint(getattr(replaced, method)) not in known.split():
-            return f"{replaced.__name__}.{method} is not the one that fusedskip knows"
-    return None
+def _known(replaced: type[nn.Module], name: str, fingerprints: str) -> Any:
+    method = getattr(replaced, name)
+    is_known = fingerprint(method) in fingerprints.split()
+    return method if is_known and tails.is_of_library(method, replaced) else None
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -40,23 +40,28 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d, forward="aab01662c2e6"):
         return super().forward(x)
 
 
-if FusedBatchNormAct2d._fused_changed is None:
+if FusedBatchNormAct2d._fused_changed() is None:
     tails.NORMS[BatchNormAct2d] = _is_norm_alone
 
 
-class FusedConvNormAct(FusedChain, ConvNormAct, forward="db6ac5abd927"):
+class _FusedConv(FusedChain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class FusedConvNormAct(_FusedConv, ConvNormAct, forward="db6ac5abd927"):
     """Convolution and norm; the norm brings its own activation."""
 
     _fused_names = ("conv", "bn", "aa")
 
 
-class FusedDownsampleConv(FusedChain, resnetv2.DownsampleConv, forward="95f6b4f2a5e1"):
+class FusedDownsampleConv(_FusedConv, resnetv2.DownsampleConv, forward="95f6b4f2a5e1"):
     """A projection of ResNet V2."""
 
     _fused_names = ("conv", "norm")
 
 
-class FusedDownsampleAvg(FusedChain, resnetv2.DownsampleAvg, forward="2e8645cf7ffc"):
+class FusedDownsampleAvg(_FusedConv, resnetv2.DownsampleAvg, forward="2e8645cf7ffc"):
     """A projection of ResNet V2, variant D."""
 
     _fused_names = ("pool", "conv", "norm")
@@ -121,6 +126,7 @@ class FusedResNetV2Bottleneck(FusedSkip, resnetv2.Bottleneck, forward="edff604fc
     _fused_shortcut = ("downsample",)
     _fused_act = "act3"
     _fused_inplace = False
+    _fused_shortcut_first = True
 
 
 class FusedPreActBottleneck(Fused, resnetv2.PreActBottleneck, forward="a7bd6ec7bcb8"):

@@ -72,6 +72,7 @@ class FusedResBottleneckBlock(FusedSkip, regnet.ResBottleneckBlock, forward="253
     _fused_shortcut = ("proj",)
     _fused_act = "activation"
     _fused_inplace = False
+    _fused_shortcut_first = True
 
 
 class FusedInvertedResidual(FusedSkip, mobilenetv2.InvertedResidual, forward="aff6a950f1d0"):
@@ -94,6 +95,9 @@ class FusedMNASInvertedResidual(FusedSkip, mnasnet._InvertedResidual, forward="7
     @classmethod
     def _fused_applies(cls, module: Any) -> bool:
         return bool(module.apply_residual)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
 
 
 class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b0287c1eb639"):

@@ -1,5 +1,6 @@
 """What `fuse` makes of transformers' convolutional backbones (5.x)."""
 
+from torch import Tensor
 from transformers.models.regnet import modeling_regnet as regnet
 from transformers.models.resnet import modeling_resnet as resnet
 from transformers.models.rt_detr import modeling_rt_detr_resnet as rtdetr
@@ -14,6 +15,9 @@ _LAYER = "cf73c25d27ae"
 class _FusedConvLayer(FusedChain):
     _fused_names = ("convolution", "normalization", "activation")
 
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states)
+
 
 class _FusedShortCut(FusedChain):
     _fused_names = ("convolution", "normalization")
@@ -23,6 +27,9 @@ class _FusedLayer(FusedSkip):
     _fused_branch = ("layer",)
     _fused_shortcut = ("shortcut",)
     _fused_act = "activation"
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return super().forward(hidden_state)
 
 
 class FusedResNetConvLayer(_FusedConvLayer, resnet.ResNetConvLayer, forward=_CONV_LAYER):
@@ -43,6 +50,9 @@ class FusedResNetBottleNeckLayer(_FusedLayer, resnet.ResNetBottleNeckLayer, forw
 
 class FusedRegNetConvLayer(_FusedConvLayer, regnet.RegNetConvLayer, forward=_CONV_LAYER):
     """Convolution, norm and activation of RegNet."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return super().forward(hidden_state)
 
 
 class FusedRegNetShortCut(_FusedShortCut, regnet.RegNetShortCut, forward=_SHORT_CUT):
