@@ -118,19 +118,15 @@ def describe(measured: dict) -> str:
 
 
 def section(measured: dict, plots: Sequence[Path]) -> str:
-    """The README's account of one machine: losses stand in the same tables as wins."""
+    """The README's account of one machine: losses stand in the same tables as wins.
+
+    What comes after the first table and the plots is folded.
+    """
     results = results_of(measured)
     whole = at(results, level="ops", passes="both")
     apart = [r for r in at(results, level="ops") if r["passes"] != "both"]
-    parts = [describe(measured)]
+    folded = []
     for text, chosen, names, figure in (
-        (
-            "Forward and backward in training, geometric mean over those batch norms of ResNet-50 "
-            "that a runner was measured at:",
-            whole,
-            ("function", "layout", "dtype"),
-            "speed",
-        ),
         (
             "Time over that of reading and writing each tensor once at the copy bandwidth of the "
             "same run, less is faster:",
@@ -159,9 +155,19 @@ def section(measured: dict, plots: Sequence[Path]) -> str:
         ),
     ):
         if chosen:
-            parts.append(f"{text}\n\n{table(chosen, names, figure)}")
-    parts.append("".join(f"![{path.stem}]({path.as_posix()})\n" for path in plots))
-    return "\n".join(parts)
+            folded.append(f"{text}\n\n{table(chosen, names, figure)}")
+    return "\n".join(
+        [
+            describe(measured),
+            "Forward and backward in training, geometric mean over those batch norms of ResNet-50 "
+            "that a runner was measured at:\n",
+            table(whole, ("function", "layout", "dtype")),
+            "".join(f"![{path.stem}]({path.as_posix()})\n" for path in plots),
+            "<details><summary>By shape, either pass, small tensors, blocks, models</summary>\n",
+            *folded,
+            "</details>\n",
+        ]
+    )
 
 
 def draw(results: list[dict], stem: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The snippets of docs/pytorch.md run as they stand."""
+"""The snippets of README.md and docs/pytorch.md run as they stand."""
 
 import re
 from functools import partial
@@ -9,23 +9,26 @@ import torch
 
 from . import libraries  # noqa: F401  torchvision can be imported from here on
 
-PAGE = Path(__file__).parent.parent / "docs" / "pytorch.md"
+ROOT = Path(__file__).parent.parent
 
 
-def snippets():
-    """The Python of the page, each snippet on its own lines."""
-    text = PAGE.read_text()
+def run(page):
+    """The Python of a page, one snippet after the other; returns the names that they define."""
+    text, names = page.read_text(), {}
     for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        yield "\n" * text.count("\n", 0, match.start(1)) + match[1]
+        lines = "\n" * text.count("\n", 0, match.start(1)) + match[1]
+        exec(compile(lines, page, "exec"), names)
+    return names
+
+
+def test_readme():
+    names = run(ROOT / "README.md")
+    assert names["out"].shape == names["x"].shape
 
 
 @pytest.mark.filterwarnings("ignore:fusedskip runs eagerly inside the transforms")
-def test_snippets(monkeypatch):
-    """One after the other, with what the ones before have defined."""
+def test_pytorch(monkeypatch):
     # Inductor would compile for minutes; test_compile takes a smaller network to it.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
-    names = {}
-    for snippet in snippets():
-        exec(compile(snippet, PAGE, "exec"), names)
-    assert names["masks"]  # of the last one
+    assert run(ROOT / "docs" / "pytorch.md")["masks"]  # of the last one
