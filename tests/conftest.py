@@ -60,6 +60,13 @@ def much_memory():
         torch.cuda.empty_cache()
 
 
+@pytest.fixture
+def resnet():
+    from .libraries import torchvision
+
+    return torchvision.models.resnet18(num_classes=10).double()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

@@ -1,11 +1,9 @@
 """fuse, unfuse and explain on the models of torchvision, timm and transformers."""
 
 import copy
-import importlib
 import io
 import subprocess
 import sys
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -16,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedskip
 from fusedskip import surgery
 from fusedskip.__main__ import main
-from fusedskip.surgery.fused import FUSED, Fused, FusedSkip, fingerprint
+from fusedskip.surgery.fused import Fused
 
 from .libraries import timm, torchvision, transformers
 
@@ -218,12 +216,6 @@ def test_what_is_left_of_other_models(name, left):
     assert count_calls(fusedskip.fuse(build(name)), images(name)) == left
 
 
-@pytest.fixture
-def resnet():
-    torch.manual_seed(0)
-    return tv.resnet18(num_classes=10).double()
-
-
 def types(model):
     return [type(module) for module in model.modules()]
 
@@ -235,28 +227,6 @@ def test_fuse_twice_and_unfuse(resnet):
     assert types(fusedskip.fuse(resnet)) == once != before
     assert fusedskip.unfuse(resnet) is resnet
     assert types(resnet) == before
-
-
-def test_a_class_that_changed_since_is_not_overwritten():
-    """A parametrization derives a class from the fused one: without it, the weight is another."""
-
-    class Half(nn.Module):
-        def forward(self, weight):
-            return weight / 2
-
-    model = nn.Sequential(timm.layers.BatchNormAct2d(4), timm.layers.BatchNormAct2d(4)).eval()
-    fusedskip.fuse(model)
-    nn.utils.parametrize.register_parametrization(model[1], "weight", Half())
-    before, x = types(model), torch.randn(2, 4, 3, 3)
-    want = model(x)
-    assert types(fusedskip.fuse(model)) == before
-    with pytest.raises(ValueError, match="1 has become a Parametrized"):
-        fusedskip.unfuse(model)
-    assert types(model) == before
-    torch.testing.assert_close(model(x), want)
-    nn.utils.parametrize.remove_parametrizations(model[1], "weight")
-    assert type(fusedskip.unfuse(model)[1]) is timm.layers.BatchNormAct2d
-    torch.testing.assert_close(model(x), want)
 
 
 def test_explain_changes_nothing(resnet):
@@ -316,115 +286,6 @@ def test_resnetv2_with_group_norm_is_refused():
         fusedskip.fuse(model, strict=True)
 
 
-def freeze(norm):
-    frozen = torchvision.ops.FrozenBatchNorm2d(norm.num_features).double()
-    frozen.load_state_dict({k: v for k, v in norm.state_dict().items() if "tracked" not in k})
-    return frozen
-
-
-def replace_bn1_by_frozen(block):
-    block.bn1 = freeze(block.bn1)
-
-
-def replace_bn2_by_group_norm(block):
-    block.bn2 = nn.GroupNorm(4, block.bn2.num_features).double()
-
-
-def hook_bn2(block):
-    block.bn2.register_forward_hook(lambda module, args, out: out * 2)
-
-
-def pre_hook_bn1(block):
-    block.bn1.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
-
-
-def hook_relu(block):
-    block.relu.register_forward_hook(lambda module, args, out: out * 0.5)
-
-
-def hook_downsample(block):
-    block.downsample.register_forward_hook(lambda module, args, out: out * 3)
-
-
-def hook_downsample_norm(block):
-    block.downsample[1].register_forward_hook(lambda module, args, out: out * 3)
-
-
-def backward_hook_bn1(block):
-    block.relu.inplace = False  # torch allows no hook before a ReLU in place
-    block.bn1.register_full_backward_hook(lambda module, dx, dout: (dx[0] * 2,))
-
-
-def patch_bn1(block):
-    norm = block.bn1
-    norm.forward = lambda x: nn.BatchNorm2d.forward(norm, x) * 2
-
-
-def patch_block(block):
-    block.forward = lambda x: block.conv1(x)
-
-
-def parametrize_bn2(block):
-    class Doubled(nn.Module):
-        def forward(self, weight):
-            return 2 * weight
-
-    nn.utils.parametrize.register_parametrization(block.bn2, "weight", Doubled())
-
-
-def fold_bn1(block):
-    block.eval()
-    block.conv1 = nn.utils.fuse_conv_bn_eval(block.conv1, block.bn1)
-    block.bn1 = nn.Identity()
-
-
-CHANGES = {
-    replace_bn1_by_frozen: "bn1 is FrozenBatchNorm2d",
-    replace_bn2_by_group_norm: "bn2 is GroupNorm",
-    hook_bn2: "bn2 has hooks",
-    pre_hook_bn1: "bn1 has hooks",
-    hook_relu: "relu has hooks",
-    hook_downsample: "downsample has hooks",
-    hook_downsample_norm: "downsample.1 has hooks",
-    backward_hook_bn1: "bn1 has hooks",
-    patch_bn1: "bn1 has a forward of its own",
-    patch_block: "it has a forward of its own",
-    parametrize_bn2: "bn2 is ParametrizedBatchNorm2d",
-    fold_bn1: "bn1 is Identity",
-}
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_what_is_changed_runs_the_blocks_own_forward(change, when):
-    """Changed after fusing, it runs the eager forward; changed before, it is not fused at all."""
-    torch.manual_seed(0)
-    downsample = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
-    eager = tv.resnet.BasicBlock(8, 16, downsample=downsample).double()
-    nn.init.uniform_(eager.bn2.bias)
-    block = copy.deepcopy(eager)
-    change(eager)
-    if when == "after":
-        fusedskip.fuse(block)
-    change(block)
-    if when == "before":
-        fusedskip.fuse(block)
-    assert isinstance(block, Fused) == (when == "after")
-    (row,) = fusedskip.explain(block)
-    assert row.reason.startswith(CHANGES[change])
-    assert (row.fused, row.kernels) == (False, ())
-
-    results = []
-    for module in (block, eager):
-        x = torch.arange(8.0 * 8 * 5 * 5).view(8, 8, 5, 5).sin().double().requires_grad_()
-        out = module(x)
-        out.square().sum().backward()
-        grads = [x.grad, *(p.grad for p in module.parameters())]
-        results.append([out, *(g for g in grads if g is not None), *module.buffers()])
-    assert len(results[0]) == len(results[1])
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_sync_batch_norm(when):
     """Converted before or after fusing; without other processes it is a batch norm."""
@@ -447,23 +308,6 @@ def test_sync_batch_norm(when):
     assert_equal(fused.eval()(x), eager.eval()(x))
 
 
-def test_global_hook(resnet):
-    fused = fusedskip.fuse(copy.deepcopy(resnet))
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.append(type(m)))
-    try:
-        assert {row.reason for row in fusedskip.explain(fused)} == {
-            "torch has a global module hook"
-        }
-        x = torch.randn(2, 3, 64, 64).double()
-        ours = fused(x)
-        n_norms = seen.count(nn.BatchNorm2d)
-        assert torch.equal(ours, resnet(x))
-    finally:
-        handle.remove()
-    assert n_norms == 20
-
-
 def test_grad_cam(resnet):
     """A forward hook that keeps an activation, and its gradient, on the last norm of the trunk."""
 
@@ -482,104 +326,6 @@ def test_grad_cam(resnet):
     fused = fusedskip.fuse(copy.deepcopy(resnet)).eval()
     for ours, theirs in zip(cam(fused), cam(resnet.eval()), strict=True):
         assert_equal(ours, theirs)
-
-
-@pytest.mark.parametrize("library", ["torch", "torchvision", "timm", "transformers"])
-def test_fingerprints_hold_for_the_installed_libraries(library):
-    module = importlib.import_module(f"fusedskip.surgery.{library}")
-    classes = [cls for cls in FUSED.values() if cls.__module__ == module.__name__]
-    assert classes
-    assert [cls._fused_changed() for cls in classes] == [None] * len(classes)
-    # Unpickling finds a class by its name.
-    assert all(getattr(module, cls.__name__) is cls for cls in classes)
-
-
-def test_fingerprint_sees_what_is_computed_and_nothing_else():
-    class Plain:
-        def forward(self, x):
-            return self.bn(x) + x
-
-    class Documented:
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            """The same."""
-            # But for this.
-            return self.bn(x)+x  # fmt: skip
-
-    class Different:
-        def forward(self, x):
-            return self.bn(x) - x
-
-    assert fingerprint(Plain.forward) == fingerprint(Documented.forward)
-    assert fingerprint(Plain.forward) != fingerprint(Different.forward)
-    assert fingerprint(len) is None
-
-
-@contextmanager
-def known_classes():
-    saved = dict(FUSED)
-    try:
-        yield
-    finally:
-        FUSED.clear()
-        FUSED.update(saved)
-
-
-class Upgraded(tv.resnet.BasicBlock):
-    """As if a new release of the library had changed the block."""
-
-    def forward(self, x):
-        return super().forward(x) * 2
-
-
-def test_a_changed_forward_is_refused():
-    with known_classes():
-
-        class FusedUpgraded(FusedSkip, Upgraded, forward="e469bbb0e395"):
-            _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2")
-            _fused_act = "relu"
-
-        block = Upgraded(4, 4)
-        (row,) = fusedskip.explain(fusedskip.fuse(block))
-        assert row.reason == "Upgraded.forward is not the one that fusedskip knows"
-        assert type(block) is Upgraded
-        # As when a model that was saved fused is loaded beside the new release.
-        block.__class__ = FusedUpgraded
-        x = torch.randn(2, 4, 3, 3)
-        fused, eager = block.eval()(x), fusedskip.unfuse(block)(x)
-        assert torch.equal(fused, eager)
-
-
-def test_a_subclass_is_refused():
-    (row,) = fusedskip.explain(fusedskip.fuse(Upgraded(4, 4)))
-    assert row.type == "Upgraded"
-    assert row.reason == "it is a subclass of BasicBlock and may compute something else"
-
-
-def test_a_quantizable_model_is_refused():
-    quantizable = tv.quantization.resnet18(weights=None, quantize=False)
-    report = fusedskip.explain(fusedskip.fuse(quantizable))
-    reasons = {row.reason for row in report if row.type.startswith("Quantizable")}
-    assert len(reasons) == 2
-    assert not any(row.fused for row in report if "Quantizable" in row.type)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_a_script_module_is_refused(resnet):
-    report = fusedskip.explain(torch.jit.script(resnet))
-    assert {row.type for row in report} == {"BasicBlock", "ResNet"}
-    assert {row.reason for row in report} == {"it is a ScriptModule: fuse before scripting"}
-
-
-@pytest.mark.parametrize(
-    "norm",
-    [nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LazyBatchNorm2d()],
-    ids=lambda norm: type(norm).__name__,
-)
-def test_other_norms_in_a_sequential_are_refused(norm):
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU())
-    (row,) = fusedskip.explain(fusedskip.fuse(model))
-    assert row.reason == f"1 is {type(norm).__name__}, a norm that no kernel computes"
-    assert type(model) is nn.Sequential
 
 
 def test_a_sequential_without_norm_and_activation_is_no_candidate():
@@ -715,30 +461,6 @@ def test_an_unknown_release_of_a_library_is_announced(monkeypatch):
     with pytest.warns(UserWarning, match="fusedskip fuses nothing of this timm: cannot import"):
         surgery._load("timm")
     surgery._load.cache_clear()
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_norm_that_the_shortcut_calls_too(inside):
-    """Its running statistics see the branch first, as eager calls it."""
-    shortcut = nn.Sequential(nn.Conv2d(8, 8, 1))
-    eager = tv.resnet.BasicBlock(8, 8, downsample=shortcut)
-    shortcut.extend([eager.bn2, nn.ReLU(), nn.Conv2d(8, 8, 1)] if inside else [eager.bn2])
-    fused = copy.deepcopy(eager.double())
-    assert not fusedskip.explain(fused).rows[0].fused
-    fusedskip.fuse(fused)
-    assert "bn2 is in the shortcut, too" in {row.reason for row in fusedskip.explain(fused)}
-    x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
-    torch.testing.assert_close(fused(x), eager(x))
-    torch.testing.assert_close(fused.state_dict(), eager.state_dict())
-
-
-def test_a_class_that_is_patched(resnet, monkeypatch):
-    """As guided backpropagation does: eager would call what the class has now."""
-    eager, fused = resnet.eval(), fusedskip.fuse(copy.deepcopy(resnet)).eval()
-    x = torch.randn(1, 3, 33, 33, dtype=next(resnet.parameters()).dtype)
-    monkeypatch.setattr(nn.ReLU, "forward", lambda self, x: x.clamp(-0.5, 0.5))
-    with torch.no_grad():
-        assert torch.equal(fused(x), eager(x))
 
 
 def test_a_sequential_takes_its_input_by_name():
