@@ -431,5 +431,3 @@ def test_other_norms_in_a_sequential_are_refused(norm):
     (row,) = fusedskip.explain(fusedskip.fuse(model))
     assert row.reason == f"1 is {type(norm).__name__}, a norm that no kernel computes"
     assert type(model) is nn.Sequential
-
-
