@@ -35,7 +35,7 @@ class AddReLU(torch.autograd.Function):
         if mask is None:
             return None, dout, None, None
         dense_dout = strided(dout, ctx.strides)
-        if _is_differentiated():
+        if _is_differentiated(dout):
             with torch.no_grad():
                 ones = torch.ones_like(dense_dout)
                 passes = KERNELS[ctx.backend].add_relu_backward(ones, mask)
@@ -72,7 +72,7 @@ class BiasAddReLU(torch.autograd.Function):
         need_x, need_residual, need_bias, _ = ctx.needs_input_grad
         dout = strided(dout, ctx.strides)
         # x only matters to the gradient of a weight, and there is none.
-        if _is_differentiated():
+        if _is_differentiated(dout):
             dx = _gated(ctx.backend, dout, dout, mask, None, bias, mean, rstd)
             dbias = dx.transpose(0, 1).flatten(1).sum(1, dtype=bias.dtype)
         else:
@@ -128,7 +128,7 @@ class BatchNorm(torch.autograd.Function):
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         dout = strided(dout, ctx.strides)
         x = dout.detach() if x is None else x  # then no result depends on it
-        if _is_differentiated():
+        if _is_differentiated(dout):
             dresidual = dout
             if ctx.relu:
                 dresidual = _gated(ctx.backend, dout, x, mask, weight, bias, mean, rstd)
@@ -184,7 +184,7 @@ class CatBatchNormReLU(torch.autograd.Function):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
         dnorm = dout[:, ctx.n_skip :]
-        if _is_differentiated():
+        if _is_differentiated(dout):
             dx, dweight, dbias = _norm_gradients(
                 _gated(ctx.backend, dnorm, x, None, weight, bias, mean, rstd),
                 x, weight, mean, rstd, ctx.training, (need_x, need_weight, need_bias),
@@ -250,7 +250,7 @@ class DualBatchNorm(torch.autograd.Function):
         need_x, need_residual, *need_parameters = needed
         dout = strided(dout, ctx.strides)
         x, residual = (dout.detach() if t is None else t for t in (x, residual))
-        if _is_differentiated():
+        if _is_differentiated(dout):
             # The mask alone says what passes.
             g = _gated(ctx.backend, dout, dout, mask, None, None, mean[0], rstd[0])
             dx, dweight, dbias = _norm_gradients(
@@ -281,11 +281,26 @@ def _reads_input(training: bool, need_input: bool, need_weight: bool) -> bool:
     return need_weight or (training and need_input)
 
 
-def _is_differentiated() -> bool:
+def _is_differentiated(dout: Tensor) -> bool:
     """Whether this backward pass has to be differentiable."""
-    # torch.compile traces backward passes with gradients enabled, and never differentiates them.
-    by_backward = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return by_backward or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling():
+        # Whether gradients are enabled while it is traced says nothing of when it will run.
+        _refuse_second_derivatives(dout)
+        return forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+# AOTAutograd refuses them by itself and drops what returns nothing; other backends run the graph.
+@torch.library.custom_op("fusedskip_autograd::refuse_second_derivatives", mutates_args=())
+def _refuse_second_derivatives(dout: Tensor) -> None:
+    """Raise `RuntimeError` where a compiled backward pass is to be differentiated."""
+    if dout.requires_grad:
+        raise RuntimeError("fusedskip: a compiled backward pass cannot be differentiated")
+
+
+@_refuse_second_derivatives.register_fake
+def _(dout: Tensor) -> None:
+    return None
 
 
 def _gated(

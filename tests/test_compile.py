@@ -169,6 +169,22 @@ def test_network_that_is_fused_after_it_was_compiled(compiled_backend, device):
     assert [len(graphs.namespaces([graph])) for graph in graphs.forward] == [1, 2]
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
+def test_second_derivatives_are_refused(compiled_backend, device, compiler):
+    """What runs the graph as it stands would leave out the terms of fused tails."""
+    _, network = twins(device=device, dtype=torch.float64)
+    x, weight = torch.randn(2, 3, 8, 8, device=device, dtype=torch.float64), network[0].weight
+    compiled = torch.compile(network, fullgraph=True, backend=compiler)
+    compiled(x).square().sum().backward()
+    want = weight.grad
+    network.zero_grad()
+    network(x).square().sum().backward()
+    torch.testing.assert_close(weight.grad, want)
+    with pytest.raises(RuntimeError, match="cannot be differentiated|create_graph=False"):
+        loss = compiled(x).square().sum()
+        torch.autograd.grad(loss, weight, create_graph=True)[0].sum().backward()
+
+
 @pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu", "cat_batch_norm_relu"])
 def test_residual_that_is_x(compiled_backend, device, function):
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, device=device)
