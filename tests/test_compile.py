@@ -180,9 +180,9 @@ def test_second_derivatives_are_refused(compiled_backend, device, compiler):
     network.zero_grad()
     network(x).square().sum().backward()
     torch.testing.assert_close(weight.grad, want)
-    with pytest.raises(RuntimeError, match="cannot be differentiated|create_graph=False"):
-        loss = compiled(x).square().sum()
-        torch.autograd.grad(loss, weight, create_graph=True)[0].sum().backward()
+    loss = compiled(x).square().sum()
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated|create_graph=False"):
+        torch.autograd.grad(loss, weight, create_graph=True)
 
 
 @pytest.mark.parametrize("function", ["add_relu", "batch_norm_add_relu", "cat_batch_norm_relu"])
