@@ -47,6 +47,15 @@ def test_many_tiles(backend, device, function, layout):
         assert_as_good_as_eager(make_problem(function, shape, torch.float32, layout, device))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 800, 801), (1, 600_001), (1, 64, 101, 101)], ids=str)
+def test_one_image_as_part_of_another(compiled_backend, device, shape):
+    """Large enough for stores past the caches, but not where a cache line begins."""
+    for layout in LAYOUTS:
+        assert_as_good_as_eager(
+            make_problem(CAT, shape, torch.float32, layout, device, training=len(shape) > 2)
+        )
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("function", [*NORMS, CAT])

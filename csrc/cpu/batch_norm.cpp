@@ -74,12 +74,12 @@ void forward(const BatchNormForward& args) {
   };
 
   const int64_t slab = args.view.n_channels * args.view.n_inner;
-  const bool dense = args.out_pitch == slab;
-  const bool on_cache_lines =
-      (uintptr_t(args.out) | uintptr_t(args.out_pitch * bytes(args.dtype))) % 64 == 0;
+  // Which out, being part of a wider tensor, may be off.
+  const int64_t pitch = args.view.n_outer == 1 ? 0 : args.out_pitch * bytes(args.dtype);
+  const bool on_cache_lines = (uintptr_t(args.out) | uintptr_t(pitch)) % 64 == 0;
   const auto apply = [&](int64_t group, int64_t index) {
     Tile tile = tiling.tile(group, index);
-    tile.runs.streams &= dense || on_cache_lines;
+    tile.runs.streams &= on_cache_lines;
     const int64_t c = tiling.first_channel(group);
     const int64_t out_offset = tile.offset + tile.offset / slab * (args.out_pitch - slab);
     kernels(args.dtype)
