@@ -2,11 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 
+# The caller's, whatever PATH has below; it may have been given on the command line.
+override PYTHON := $(or $(shell command -v '$(PYTHON)'),$(PYTHON))
 # The interpreter, ninja and the lint tools all come from the virtual environment.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 PIP_INSTALL := python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/.installed
 EXTENSION := fusedskip/_C.abi3.so
+KIND := $(VENV)/.kind-$(or $(FUSEDSKIP_BUILD),auto)
 CSRC := $(wildcard csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 TEST_CPP := $(wildcard tests/*.cpp tests/emulator/*.cpp tests/emulator/*.h)
 
@@ -22,7 +25,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	FUSEDSKIP_BUILD=none $(PIP_INSTALL) --no-build-isolation --editable '.[triton,demo,test,dev]'
 	touch $@
 
-$(EXTENSION): setup.py $(CSRC) | $(INSTALLED)
+$(KIND): | $(INSTALLED)
+	rm -f $(VENV)/.kind-*
+	touch $@
+
+$(EXTENSION): setup.py $(CSRC) $(KIND)
 	python setup.py --quiet build_ext --inplace
 
 build: $(INSTALLED) $(EXTENSION)  ## make .venv, install, compile (FUSEDSKIP_BUILD=auto|cpu|cuda|none)

@@ -117,11 +117,10 @@ def plan(out: Path) -> list[Part]:
         ),
         part("build", "build.txt", 90, "setup.py --quiet build_ext --inplace --force", **build),
         part("backends", "build.txt", 40, f"-c {shlex.quote(BACKENDS)}"),
-        # First what needs a GPU most. Line by line, so that the log has it even if time is up.
+        # Line by line, so that the log has it even if time is up.
         part(
             "tests", "tests.txt", 140,
-            "-m pytest tests/test_gpu.py tests/test_on_chip.py tests "
-            f"-n {workers} --dist=worksteal -v {ignored}", no_gpu,
+            f"-m pytest tests -n {workers} --dist=worksteal -v {ignored}", no_gpu,
             OMP_NUM_THREADS="1", FUSEDSKIP_TEST_BACKENDS="cuda triton", **pytest_options,
         ),
         sanitize("memcheck"),

@@ -23,25 +23,28 @@ class Traffic:
         return Traffic(self.tensors + other.tensors, self.masks + other.masks)
 
 
-# eager: torch's kernels, with add_ and relu_ in place. compile: what Inductor makes of them; it
-# saves out, not a mask. fused: stats, apply; bwd_reduce, bwd_apply. floor: no tensor is read twice.
+BYTES = 8  # in 1-bit masks
+
+# eager: torch's kernels, with add_ and relu_ in place. compile: what Inductor makes of them; its
+# masks are a byte an element. fused: stats, apply; bwd_reduce, bwd_apply. floor: no tensor is read
+# twice.
 FORWARD = {
     "batch_norm_add_relu": {
         "eager": Traffic(8),  # read x twice, write out; read out, residual, write; read out, write
-        "compile": Traffic(4),  # read x; read x, residual, write out
+        "compile": Traffic(4, BYTES),  # read x; read x, residual, write out, bytes
         "fused": Traffic(4, 1),  # read x; read x, residual, write out, mask
         "floor": Traffic(3, 1),  # read x, residual, write out, mask
     },
     "batch_norm_relu": {
         "eager": Traffic(5),  # read x twice, write out; read out, write out
-        "compile": Traffic(3),  # read x; read x, write out
+        "compile": Traffic(3, BYTES),  # read x; read x, write out, bytes
         "fused": Traffic(3),  # read x; read x, write out
         "floor": Traffic(2),  # read x, write out
     },
     # Two tensors, each with a norm of its own, and their sum.
     "dual_batch_norm_add_relu": {
         "eager": Traffic(11),  # read twice, write, of x and residual; read both, write; read, write
-        "compile": Traffic(5),  # read x, residual; read x, residual, write out
+        "compile": Traffic(5, BYTES),  # read x, residual; read x, residual, write out, bytes
         "fused": Traffic(5, 1),  # read x, residual; read x, residual, write out, mask
         "floor": Traffic(3, 1),  # read x, residual, write out, mask
     },
@@ -60,19 +63,19 @@ FORWARD = {
     },
     "bias_add_relu": {
         "eager": Traffic(7),  # read x, residual, write out; read out, write out, twice
-        "compile": Traffic(3),  # read x, residual, write out
+        "compile": Traffic(3, BYTES),  # read x, residual, write out, bytes
         "fused": Traffic(3, 1),  # read x, residual, write out, mask
         "floor": Traffic(3, 1),
     },
     "relu_add": {
         "eager": Traffic(5),  # read x, write; read that, residual, write out
-        "compile": Traffic(3),  # read x, residual, write out
+        "compile": Traffic(3, BYTES),  # read x, residual, write out, bytes
         "fused": Traffic(3, 1),  # read x, residual, write out, mask
         "floor": Traffic(3, 1),
     },
     "add_relu": {
         "eager": Traffic(5),  # read x, residual, write out; read out, write out
-        "compile": Traffic(3),  # read x, residual, write out
+        "compile": Traffic(3, BYTES),  # read x, residual, write out, bytes
         "fused": Traffic(3, 1),  # read x, residual, write out, mask
         "floor": Traffic(3, 1),
     },
@@ -80,19 +83,19 @@ FORWARD = {
 BACKWARD = {
     "batch_norm_add_relu": {
         "eager": Traffic(8),  # read dout, out, write g; read g, x; read g, x, write dx
-        "compile": Traffic(8),  # read dout, out, x; read dout, out, x, write dx, dresidual
+        "compile": Traffic(6, 2 * BYTES),  # as fused, with bytes for mask
         "fused": Traffic(6, 2),  # read dout, mask, x; read dout, mask, x, write dx, dresidual
         "floor": Traffic(4, 1),  # read dout, mask, x, write dx, dresidual
     },
     "batch_norm_relu": {
         "eager": Traffic(8),  # read dout, out, write g; read g, x; read g, x, write dx
-        "compile": Traffic(7),  # read dout, out, x; read dout, out, x, write dx
+        "compile": Traffic(5, 2 * BYTES),  # read dout, bytes, x; read dout, bytes, x, write dx
         "fused": Traffic(5),  # read dout, x; read dout, x, write dx
         "floor": Traffic(3),  # read dout, x, write dx
     },
     "dual_batch_norm_add_relu": {
         "eager": Traffic(13),  # read dout, out, write g; of each: read g, x; read g, x, write dx
-        "compile": Traffic(10),  # read dout, out, x, residual; the same, write dx, dresidual
+        "compile": Traffic(8, 2 * BYTES),  # as fused, with bytes for mask
         "fused": Traffic(8, 2),  # read dout, mask, x, residual; the same, write dx, dresidual
         "floor": Traffic(5, 1),  # read dout, mask, x, residual, write dx, dresidual
     },
@@ -104,25 +107,25 @@ BACKWARD = {
     },
     "cat_batch_norm_relu": {
         "eager": Traffic(8),  # as batch_norm_relu; dskip is a view of dout
-        "compile": Traffic(7),
+        "compile": Traffic(5),  # read half of dout, x; read both, write dx
         "fused": Traffic(7),  # read half of dout, write it by itself; read it, x; read it, x, write
         "floor": Traffic(3),  # read half of dout, x, write dx
     },
     "bias_add_relu": {
         "eager": Traffic(4),  # read dout, out, write dx; read dx
-        "compile": Traffic(5),  # read dout, out; read dout, out, write dx
+        "compile": Traffic(3, 2 * BYTES),  # as fused, with bytes for mask
         "fused": Traffic(3, 2),  # read dout, mask; read dout, mask, write dx
         "floor": Traffic(2, 1),  # read dout, mask, write dx
     },
     "relu_add": {
         "eager": Traffic(3),  # read dout, what ReLU gave, write dx; dresidual is dout
-        "compile": Traffic(3),
+        "compile": Traffic(2, BYTES),  # read dout, bytes, write dx
         "fused": Traffic(2, 1),  # read dout, mask, write dx
         "floor": Traffic(2, 1),
     },
     "add_relu": {
         "eager": Traffic(3),  # read dout, out, write dx, which is dresidual too
-        "compile": Traffic(3),
+        "compile": Traffic(2, BYTES),
         "fused": Traffic(2, 1),  # read dout, mask, write dx
         "floor": Traffic(2, 1),
     },

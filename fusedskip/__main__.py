@@ -74,7 +74,9 @@ def _devices() -> dict[str, str]:
 
 def _compiled(device: str) -> str:
     if ops.compiled_error is not None:
-        return f"no: fusedskip._C did not load: {ops.compiled_error}"
+        hint = "; was there a C++ compiler, and torch, when it was installed?"
+        is_missing = isinstance(ops.compiled_error, ModuleNotFoundError)
+        return f"no: fusedskip._C did not load: {ops.compiled_error}{hint if is_missing else ''}"
     return "yes" if ops.has_kernel(ops.COMPILED, device.upper()) else "no: not in this build"
 
 

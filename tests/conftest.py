@@ -30,6 +30,11 @@ settings.register_profile(
 settings.load_profile("fusedskip")
 
 
+def pytest_collection_modifyitems(items):
+    """First what needs a GPU most: `make gpu` may run out of time."""
+    items.sort(key=lambda item: item.path.name not in ("test_gpu.py", "test_on_chip.py"))
+
+
 @pytest.fixture(params=map(parameter, BACKENDS))
 def backend(request):
     """Every backend with kernels of its own, active for the test. Its tensors live on `device`."""

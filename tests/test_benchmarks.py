@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
     ("function", "runner", "tensors", "masks"),
     [
         ("batch_norm_add_relu", "eager", 16, 0),
-        ("batch_norm_add_relu", "compile", 12, 0),
+        ("batch_norm_add_relu", "compile", 10, 3 * 8),
         ("batch_norm_add_relu", "fused", 10, 3),
         ("batch_norm_add_relu", "floor", 7, 2),
         ("batch_norm_relu", "fused", 8, 0),

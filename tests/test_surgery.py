@@ -239,6 +239,8 @@ def test_explain_changes_nothing(resnet):
 
 
 def test_report(resnet):
+    assert "20 of 20 normalisation layers fusible" in str(fusedskip.explain(resnet))
+    assert "fuse knows no module" in str(fusedskip.explain(nn.LayerNorm(3)))
     report = fusedskip.explain(fusedskip.fuse(resnet))
     assert report.to_dicts()[1] == {
         "name": "layer1.0",
@@ -437,7 +439,7 @@ def test_explain_command(capsys):
 )
 def test_explain_command_refuses(model, message, capsys):
     assert main(["explain", model]) == 2
-    assert message in capsys.readouterr().out
+    assert message in capsys.readouterr().err
 
 
 def test_no_library_is_imported_for_a_model_that_does_not_use_it():

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import inspect
+import sys
 from typing import Any
 
 from torch import nn
@@ -28,12 +29,13 @@ def run(options: argparse.Namespace) -> int:
     library, _, name = options.model.partition(":")
     builders = {"torchvision": _torchvision, "timm": _timm, "transformers": _transformers}
     if library not in builders or not name:
-        print(f"model: expected LIBRARY:NAME, LIBRARY one of {', '.join(builders)}")
+        expected = f"LIBRARY:NAME, LIBRARY one of {', '.join(builders)}"
+        print(f"model: expected {expected}", file=sys.stderr)
         return 2
     try:
         model, origin = builders[library](name)
-    except (ImportError, ValueError, RuntimeError) as error:
-        print(f"{options.model}: {error}")
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        print(f"{options.model}: {error}", file=sys.stderr)
         return 2
     print(origin)
     print(explain(model), end="")
