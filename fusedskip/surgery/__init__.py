@@ -74,8 +74,8 @@ class Report:
             fused = "yes" if row.fused else "no"
             name = row.name or "(the model)"
             table.add_row(name, row.type, " ".join(row.kernels), fused, row.reason or "")
-        fused = all(row.fused for row in self.rows if row.reason is None)
-        where = "in fused kernels" if fused else "fusible"
+        is_done = all(row.fused for row in self.rows if row.reason is None)
+        where = "in fused kernels" if is_done else "fusible"
         table.caption = f"{self.n_covered} of {self.n_norms} normalisation layers {where}"
         if not self.rows:
             table.caption += "; fuse knows no module of this model"
