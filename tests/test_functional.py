@@ -92,6 +92,20 @@ def test_mean_far_above_std(backend, device, function):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_variance_of_constant_channels(backend, device, layout):
+    """Rounding makes it a little more than 0 at most: eps need not make up for it."""
+    for shape in ((5, 16, 14, 12), (3, 16, 11, 3), (7, 16, 6, 5), (3, 16, 13, 3)):
+        problem = make_problem(
+            "batch_norm_relu", shape, torch.float32, layout, device, momentum=1.0, eps=1e-20
+        )
+        constants = torch.linspace(5e5, 1.5e6, 16, device=device).view(-1, 1, 1)
+        problem.x.copy_(constants.expand(shape))
+        results = run(problem)
+        assert torch.all(results["running_var"] >= 0)
+        assert torch.isfinite(results["out"]).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_variance_with_mean_far_above_std(backend, device, layout):
     """momentum = 1 shows the batch variance itself; one ulp is what storing it costs."""
     problem = make_problem(

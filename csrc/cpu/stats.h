@@ -10,7 +10,8 @@ namespace fusedskip::cpu::FUSEDSKIP_ISA {
 // The same for a block of which are known a pivot K near its mean, Σ(x - K) and Σ(x - K)².
 inline void merge_block(const Merge& merge, double& sum, double& m2, double pivot, double d1,
                         double d2) {
-  merge(sum, m2, pivot * merge.count + d1, d2 - d1 * d1 * merge.per_element);
+  const double about_mean = d2 - d1 * d1 * merge.per_element;  // rounded, it may be below 0
+  merge(sum, m2, pivot * merge.count + d1, about_mean < 0 ? 0 : about_mean);
 }
 
 // The pivot of a block of n elements is the mean of k of them. It is then no further from the mean
