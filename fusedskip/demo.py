@@ -46,10 +46,13 @@ def add_command(commands: Any) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    """Train, print the table, write the plot; 1 if the loss curves disagree, 2 without extras."""
+    """Train, print the table, write the plot; 1 if the loss curves disagree, 2 if it cannot run."""
     extras = ("matplotlib", "rich", "sklearn")
     if missing := [name for name in extras if importlib.util.find_spec(name) is None]:
-        print(f"missing: {', '.join(missing)}; pip install 'fusedskip[demo]'", file=sys.stderr)
+        print(f"missing: {', '.join(missing)}; pip install '.[demo]'", file=sys.stderr)
+        return 2
+    if options.steps < 1 or not os.access(options.output.absolute().parent, os.W_OK):
+        print("expected at least one step, and a folder to write --output to", file=sys.stderr)
         return 2
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":

@@ -110,9 +110,15 @@ def test_demo_fails_where_the_loss_curves_disagree(capsys, demo):
     assert "The loss curves DISAGREE" in capsys.readouterr().out
 
 
+def test_demo_that_cannot_be_run_is_not_begun(capsys, tmp_path):
+    for arguments in (["--steps", "0"], ["--output", str(tmp_path / "missing" / "plot.png")]):
+        assert main(["demo", *arguments]) == 2
+        assert "at least one step, and a folder" in capsys.readouterr().err
+
+
 def test_demo_says_what_to_install(capsys, demo, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     code, plot = demo()
     assert code == 2
     assert not plot.exists()
-    assert "sklearn; pip install 'fusedskip[demo]'" in capsys.readouterr().err
+    assert "sklearn; pip install '.[demo]'" in capsys.readouterr().err
