@@ -31,6 +31,14 @@ def assert_refused(problem, error, text, **replaced):
     assert all(torch.equal(buffers[name], before[name]) for name in buffers)
 
 
+def assert_like_x(problem, name):
+    """The dtype and the device of an activation must be those of x."""
+    text = f"{name}: expected dtype torch.float32 like x, got torch.float64"
+    assert_refused(problem, TypeError, text, **{name: torch.ones(SHAPE).double()})
+    text = f"{name}: expected device cpu like x, got meta"
+    assert_refused(problem, ValueError, text, **{name: torch.ones(SHAPE, device="meta")})
+
+
 @pytest.fixture(params=[*BACKENDS, "eager"])
 def anywhere(request):
     """The checks stand before the backends; eager refuses what the kernels refuse."""
@@ -51,18 +59,7 @@ def test_residual(function):
             f"residual: expected shape (2, 3, 4, 5) like x, got {shape}",
             residual=torch.ones(shape),
         )
-    assert_refused(
-        problem,
-        TypeError,
-        "residual: expected dtype torch.float32 like x, got torch.float64",
-        residual=torch.ones(SHAPE).double(),
-    )
-    assert_refused(
-        problem,
-        ValueError,
-        "residual: expected device cpu like x, got meta",
-        residual=torch.ones(SHAPE, device="meta"),
-    )
+    assert_like_x(problem, "residual")
 
 
 def test_skip():
@@ -75,18 +72,7 @@ def test_skip():
             f"skip: expected shape (2, 3, 4, 5) of x but for the channels, got {shape}",
             skip=torch.ones(shape),
         )
-    assert_refused(
-        problem,
-        TypeError,
-        "skip: expected dtype torch.float32 like x, got torch.float64",
-        skip=torch.ones(SHAPE).double(),
-    )
-    assert_refused(
-        problem,
-        ValueError,
-        "skip: expected device cpu like x, got meta",
-        skip=torch.ones(SHAPE, device="meta"),
-    )
+    assert_like_x(problem, "skip")
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, CAT])

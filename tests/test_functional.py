@@ -212,7 +212,8 @@ def test_frozen_norms_keep_no_activation(backend, device, function):
     assert sum(t.nbytes for t in kept) < problem.x.nbytes / 8
     out.backward(problem.dout)
     for name, leaf in leaves.items():
-        assert leaf.grad is None or torch.equal(leaf.grad, want[f"d{name}"])
+        if leaf.requires_grad:
+            assert torch.equal(leaf.grad, want[f"d{name}"])
 
 
 def test_a_residual_behind_the_relu_alone(backend, device):

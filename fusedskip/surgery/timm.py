@@ -155,21 +155,17 @@ class _FusedScales(FusedSkip):
     def _fused_plans_of(cls, module: Any) -> tuple[Plan, list[Plan]]:
         """That of the tail, and those of the convolutions before it, with norm and activation."""
         pairs = [(module.conv1, module.bn1), *zip(module.convs, module.bns, strict=True)]
-        scales = [tails.plan_chain((*pair, module.relu)) for pair in pairs]
+        scales = [
+            tails.plan_chain((conv, bn, module.relu))._replace(norms=[bn]) for conv, bn in pairs
+        ]
         return super()._fused_plan_of(module), scales
 
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        tail, scales = cls._fused_plans_of(module)
-        plans = [*scales, tail]
-        return tail._replace(
-            branch=[step for plan in plans for step in plan.branch],
-            norms=[module.bn1, *module.bns, *tail.norms],
-            bypassed=[child for plan in plans for child in plan.bypassed],
-        )
+        return _joined(*cls._fused_plans_of(module))
 
-    def _run_scales(self, x: Tensor, skip: Tensor) -> Tensor:
-        tail, (first, *scales) = self._fused_plans_of(self)
+    def _run_scales(self, tail: Plan, scales: list[Plan], x: Tensor, skip: Tensor) -> Tensor:
+        first, *scales = scales
         parts = torch.split(tails.run_steps(first.branch, x), self.width, 1)
         outs: list[Tensor] = []
         for i, scale in enumerate(scales):
@@ -180,14 +176,25 @@ class _FusedScales(FusedSkip):
         return tails.run_skip(tail, torch.cat(outs, 1), skip)
 
 
+def _joined(tail: Plan, scales: list[Plan]) -> Plan:
+    plans = [*scales, tail]
+    return tail._replace(
+        branch=[step for plan in plans for step in plan.branch],
+        norms=[norm for plan in plans for norm in plan.norms],
+        bypassed=[child for plan in plans for child in plan.bypassed],
+    )
+
+
 class FusedBottle2neck(_FusedScales, res2net.Bottle2neck, forward="168a6143acc4"):
     """The block of Res2Net."""
 
     _fused_shortcut = ("downsample",)
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self._fused_plan_of(self)
-        return self._run_scales(x, x) if self._may_run(plan, x) else super().forward(x)
+        plans = self._fused_plans_of(self)
+        if self._may_run(_joined(*plans), x):
+            return self._run_scales(*plans, x, x)
+        return super().forward(x)
 
 
 class _FusedDla(FusedSkip):
@@ -218,9 +225,9 @@ class FusedDlaBottle2neck(_FusedScales, dla.DlaBottle2neck, forward="b9e18ad8018
     """The block of DLA with Res2Net's convolutions."""
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
-        plan = self._fused_plan_of(self)
-        if self._may_run(plan, x):
-            return self._run_scales(x, x if shortcut is None else shortcut)
+        plans = self._fused_plans_of(self)
+        if self._may_run(_joined(*plans), x):
+            return self._run_scales(*plans, x, x if shortcut is None else shortcut)
         return self._fused_replaces.forward(self, x, shortcut, children)
 
 
