@@ -15,8 +15,8 @@ struct TermOf {
   using S = StatisticsOf<T>;
   Coefficient<S, kPerLane> mean, scale, bias;
 
-  explicit TermOf(const Affine& affine)
-      : mean(affine.mean), scale(affine.scale), bias(affine.bias) {}
+  TermOf(const Affine& affine, int64_t channel)
+      : mean(affine.mean, channel), scale(affine.scale, channel), bias(affine.bias, channel) {}
 
   template <typename... N>
   Pack<S> operator()(const T* run, int64_t i, N... n) const {
@@ -31,18 +31,16 @@ template <typename T, bool kPerLane, Term kX, Term kResidual, Relu kRelu>
 void apply_runs(const ApplyTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
-  const TermOf<T, kX, kPerLane> x_term(tile.affine);
-  const TermOf<T, kResidual, kPerLane> residual_term(tile.residual_affine);
   constexpr bool kHasResidual = kResidual != Term::kAbsent;
   const P threshold = P::broadcast(kLargestStoredAsZero<T>);
   for (int64_t run = 0; run < tile.runs.count; ++run) {
-    const int64_t offset = run * tile.runs.stride;
+    const int64_t offset = run * tile.runs.stride, channel = run * tile.runs.channel_stride;
+    const TermOf<T, kX, kPerLane> x_term(tile.affine, channel);
+    const TermOf<T, kResidual, kPerLane> residual_term(tile.residual_affine, channel);
     const T* x = static_cast<const T*>(tile.x) + offset;
     const T* residual = static_cast<const T*>(tile.residual) + (kHasResidual ? offset : 0);
     T* out = static_cast<T*>(tile.out) + run * tile.out_stride;
     uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
-    prefetch<0>(tile.runs, kHasResidual ? residual : nullptr);
-    if (!tile.runs.streams) prefetch<1>(tile.runs, out);
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
       const auto relu = [&](P a) {
         const uint32_t bits = exceeds(a, threshold);
@@ -50,6 +48,10 @@ void apply_runs(const ApplyTile& tile) {
         if (mask) store_mask<P::kMaskBytes>(mask, i, bits, n...);
         return a;
       };
+      if constexpr (!kPerLane) {
+        if constexpr (kHasResidual) prefetch(residual + tile.runs.prefetch + i);
+        if (!tile.runs.streams) prefetch<1>(out + tile.runs.prefetch + i);
+      }
       P y = x_term(x, i, n...);
       if constexpr (kRelu == Relu::kFirst) y = relu(y);
       if constexpr (kHasResidual) y = y + residual_term(residual, i, n...);

@@ -25,6 +25,17 @@ class ForwardNorm {
 
   void stats(int64_t group, int64_t index) const { moments_.stats(group, index); }
 
+  void finish(int64_t begin, int64_t end) const {
+    if (args_.training) moments_.merge_tiles(begin, end);
+    for (int64_t c = begin; c < end; ++c) finish(c);
+  }
+
+  // Of the channels from c on.
+  Affine affine(int64_t c) const {
+    return {.mean = mean_ + c, .scale = scale_ + c, .bias = bias_ + c};
+  }
+
+ private:
   void finish(int64_t c) const {
     if (args_.training) {
       const Moments moments = moments_.of_channel(c);
@@ -39,12 +50,6 @@ class ForwardNorm {
     bias_[c] = S(get(norm_.bias, c, 0));
   }
 
-  // Of the channels from c on.
-  Affine affine(int64_t c) const {
-    return {.mean = mean_ + c, .scale = scale_ + c, .bias = bias_ + c};
-  }
-
- private:
   const BatchNormForward& args_;
   const Norm& norm_;
   MomentsOfTiles moments_;
@@ -67,34 +72,32 @@ void forward(const BatchNormForward& args) {
   };
 
   const auto finish = [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      norm.finish(c);
-      if (residual_norm) residual_norm->finish(c);
-    }
+    norm.finish(begin, end);
+    if (residual_norm) residual_norm->finish(begin, end);
   };
 
   const int64_t slab = args.view.n_channels * args.view.n_inner;
   // Which out, being part of a wider tensor, may be off.
   const int64_t pitch = args.view.n_outer == 1 ? 0 : args.out_pitch * bytes(args.dtype);
   const bool on_cache_lines = (uintptr_t(args.out) | uintptr_t(pitch)) % 64 == 0;
-  const auto apply = [&](int64_t group, int64_t index) {
-    Tile tile = tiling.tile(group, index);
+  const auto in_out = [&](int64_t offset) {
+    return offset + offset / slab * (args.out_pitch - slab);
+  };
+  const auto apply = [&](Tile tile) {
     tile.runs.streams &= on_cache_lines;
-    const int64_t c = tiling.first_channel(group);
-    const int64_t out_offset = tile.offset + tile.offset / slab * (args.out_pitch - slab);
     kernels(args.dtype)
         .apply({.runs = tile.runs,
                 .x = advance(args.x, tile.offset, args.dtype),
                 .residual = advance(args.residual, tile.offset, args.dtype),
-                .out = advance(args.out, out_offset, args.dtype),
-                .out_stride = args.out_pitch,
+                .out = advance(args.out, in_out(tile.offset), args.dtype),
+                .out_stride = in_out(tile.runs.stride),
                 .mask = advance_mask(args.mask, tile.mask_offset),
-                .affine = norm.affine(c),
-                .residual_affine = residual_norm ? residual_norm->affine(c) : Affine{},
+                .affine = norm.affine(tile.channel),
+                .residual_affine = residual_norm ? residual_norm->affine(tile.channel) : Affine{},
                 .relu = args.relu ? Relu::kLast : Relu::kNone});
   };
 
-  two_stages(tiling, args.training, stats, finish, apply);
+  args.training ? two_stages(tiling, stats, finish, apply) : one_stage(tiling, finish, apply);
 }
 
 }  // namespace

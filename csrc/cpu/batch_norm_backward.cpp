@@ -69,20 +69,20 @@ void backward(const BatchNormBackward& args) {
     residual_norm.emplace(args, args.residual_norm, args.residual_dweight, args.residual_dbias);
   const Gate gate = !args.relu ? Gate::kNone : args.mask ? Gate::kMask : Gate::kRecompute;
 
-  const auto bwd_tile = [&](const Tile& tile, int64_t c) -> BwdTile {
+  const auto bwd_tile = [&](const Tile& tile) -> BwdTile {
     return {.runs = tile.runs,
             .dout = advance(args.dout, tile.offset, args.dtype),
             .x = advance(args.x, tile.offset, args.dtype),
             .residual = advance(args.residual, tile.offset, args.dtype),
             .mask = advance_mask(args.mask, tile.mask_offset),
-            .affine = norm.affine(c),
-            .residual_affine = dual ? residual_norm->affine(c) : Affine{},
+            .affine = norm.affine(tile.channel),
+            .residual_affine = dual ? residual_norm->affine(tile.channel) : Affine{},
             .gate = gate};
   };
 
   const auto bwd_reduce = [&](int64_t group, int64_t index) {
     kernels(args.dtype)
-        .bwd_reduce({bwd_tile(tiling.tile(group, index), tiling.first_channel(group)),
+        .bwd_reduce({bwd_tile(tiling.tile(group, index)),
                      {partials.of_tile(0, group, index), partials.of_tile(1, group, index),
                       dual ? partials.of_tile(2, group, index) : nullptr}});
   };
@@ -92,25 +92,26 @@ void backward(const BatchNormBackward& args) {
       for (int64_t c = begin; c < end; ++c)
         norm.finish_means(c, means[c], means[args.view.n_channels + c]);
     if (!reduces) return;
+    for (int s = 0; s < (dual ? 3 : 2); ++s)
+      partials.merge_tiles(begin, end, [&](int64_t c, int64_t tile) {
+        partials.of_channel(s, c, 0) += partials.of_channel(s, c, tile);
+      });
     for (int64_t c = begin; c < end; ++c) {
-      double sums[3] = {};
-      for (int64_t index = 0; index < tiling.tiles; ++index)
-        for (int s = 0; s < (dual ? 3 : 2); ++s) sums[s] += partials.of_channel(s, c, index);
-      norm.finish(c, sums[0], sums[1]);
-      if (dual) residual_norm->finish(c, sums[0], sums[2]);
+      const double sum_g = partials.of_channel(0, c, 0);
+      norm.finish(c, sum_g, partials.of_channel(1, c, 0));
+      if (dual) residual_norm->finish(c, sum_g, partials.of_channel(2, c, 0));
     }
   };
 
-  const auto bwd_apply = [&](int64_t group, int64_t index) {
+  const auto bwd_apply = [&](const Tile& tile) {
     if (!needs_apply) return;
-    const Tile tile = tiling.tile(group, index);
     kernels(args.dtype)
-        .bwd_apply({bwd_tile(tile, tiling.first_channel(group)),
-                    advance(args.dx, tile.offset, args.dtype),
+        .bwd_apply({bwd_tile(tile), advance(args.dx, tile.offset, args.dtype),
                     advance(args.dresidual, tile.offset, args.dtype)});
   };
 
-  two_stages(tiling, reduces, bwd_reduce, finish, bwd_apply);
+  reduces ? two_stages(tiling, bwd_reduce, finish, bwd_apply)
+          : one_stage(tiling, finish, bwd_apply);
 }
 
 }  // namespace

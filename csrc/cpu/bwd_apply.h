@@ -11,8 +11,11 @@ template <typename S, bool kPerLane, bool kTraining>
 struct NormGradient {
   Coefficient<S, kPerLane> mean, scale, k2, k3;
 
-  explicit NormGradient(const Affine& affine)
-      : mean(affine.mean), scale(affine.scale), k2(affine.k2), k3(affine.k3) {}
+  NormGradient(const Affine& affine, int64_t channel)
+      : mean(affine.mean, channel),
+        scale(affine.scale, channel),
+        k2(affine.k2, channel),
+        k3(affine.k3, channel) {}
 
   template <typename... N>
   Pack<S> operator()(Pack<S> g, Pack<S> centred, int64_t i, N... n) const {
@@ -25,23 +28,23 @@ template <typename T, bool kPerLane, Gate kGate, bool kDual, bool kTraining>
 void bwd_apply_runs(const BwdApplyTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
-  const Gated<T, kGate, kPerLane> gated(tile.affine);
-  const NormGradient<S, kPerLane, kTraining> gradient(tile.affine),
-      residual_gradient(tile.residual_affine);
   constexpr bool kReadsX = kTraining || kGate == Gate::kRecompute;
   for (int64_t run = 0; run < tile.runs.count; ++run) {
-    const int64_t offset = run * tile.runs.stride;
+    const int64_t offset = run * tile.runs.stride, channel = run * tile.runs.channel_stride;
+    const Gated<T, kGate, kPerLane> gated(tile.affine, channel);
+    const NormGradient<S, kPerLane, kTraining> gradient(tile.affine, channel),
+        residual_gradient(tile.residual_affine, channel);
     const T* dout = static_cast<const T*>(tile.dout) + offset;
     const T* x = static_cast<const T*>(tile.x) + (kReadsX ? offset : 0);
     const T* residual = static_cast<const T*>(tile.residual) + (kDual ? offset : 0);
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
     T* dx = tile.dx ? static_cast<T*>(tile.dx) + offset : nullptr;
     T* dresidual = tile.dresidual ? static_cast<T*>(tile.dresidual) + offset : nullptr;
-    if (!tile.runs.streams) {
-      prefetch<1>(tile.runs, dx);
-      prefetch<1>(tile.runs, dresidual);
-    }
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
+      if (!kPerLane && !tile.runs.streams) {
+        if (dx) prefetch<1>(dx + tile.runs.prefetch + i);
+        if (dresidual) prefetch<1>(dresidual + tile.runs.prefetch + i);
+      }
       P centred = P::broadcast(0);
       if constexpr (kReadsX) {
         if (kGate == Gate::kRecompute || dx) centred = load(x + i, n...) - gated.mean.at(i, n...);

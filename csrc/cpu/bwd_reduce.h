@@ -20,11 +20,11 @@ void bwd_reduce_planes(const BwdReduceTile& tile) {
     const T* x = static_cast<const T*>(tile.x) + run * tile.runs.stride;
     const T* residual = static_cast<const T*>(tile.residual) + (kDual ? run * tile.runs.stride : 0);
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
-    prefetch<0>(tile.runs, dout);
-    prefetch<0>(tile.runs, x);
-    prefetch<0>(tile.runs, kDual ? residual : nullptr);
     for_each_pack_in_turn<P::kLanes, kAccumulators>(
         tile.runs.length, [&](int k, int64_t i, auto... n) {
+          prefetch(dout + tile.runs.prefetch + i);
+          prefetch(x + tile.runs.prefetch + i);
+          if constexpr (kDual) prefetch(residual + tile.runs.prefetch + i);
           const P centred = load(x + i, n...) - gated.mean.all;
           // Lanes past the run's end load dout = 0 and add nothing.
           const P g = gated(load(dout + i, n...), centred, mask, i, n...);
@@ -48,7 +48,7 @@ void bwd_reduce_rows(const BwdReduceTile& tile) {
   const Gated<T, kGate, true> gated(tile.affine);
   const Coefficient<S, true> residual_mean(tile.residual_affine.mean);
   constexpr int kSums = kDual ? 3 : 2;
-  const int64_t n_channels = tile.runs.length, block = rows_a_block(n_channels);
+  const int64_t n_channels = tile.runs.length, block = rows_a_block(tile.runs);
   for (int s = 0; s < kSums; ++s)
     for (int64_t c = 0; c < n_channels; ++c) tile.sums[s][c] = 0;
   for (int64_t row = 0; row < tile.runs.count; row += block) {
@@ -61,7 +61,10 @@ void bwd_reduce_rows(const BwdReduceTile& tile) {
       constexpr int kPacks = packs;
       constexpr int kLanes = kPacks * P::kLanes;
       P sums[kSums][kPacks] = {};
-      for (int64_t r = 0; r < rows; ++r)
+      for (int64_t r = 0; r < rows; ++r) {
+        prefetch_column<kLanes>(dout + (r + block) * n_channels + c);
+        prefetch_column<kLanes>(x + (r + block) * n_channels + c);
+        if constexpr (kDual) prefetch_column<kLanes>(residual + (r + block) * n_channels + c);
         for (int k = 0; k < kPacks; ++k) {
           const int64_t i = c + k * P::kLanes;
           const P centred = load(x + r * n_channels + i, n...) - gated.mean.at(i, n...);
@@ -74,6 +77,7 @@ void bwd_reduce_rows(const BwdReduceTile& tile) {
                 fma(g, load(residual + r * n_channels + i, n...) - residual_mean.at(i, n...),
                     sums[2][k]);
         }
+      }
       S lanes[kSums][kLanes];
       std::memcpy(lanes, sums, sizeof(sums));
       int valid = kLanes;

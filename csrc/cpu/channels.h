@@ -56,8 +56,17 @@ class Partials {
     return data_.get() + number * size_ + (group * tiling_.tiles + tile) * tiling_.group_channels();
   }
 
-  double of_channel(int number, int64_t c, int64_t tile) const {
+  double& of_channel(int number, int64_t c, int64_t tile) const {
     return tiling_.per_lane ? of_tile(number, 0, tile)[c] : *of_tile(number, c, tile);
+  }
+
+  // Calls merge(c, tile) to merge each tile behind the first into it, tile by tile: channels-last
+  // one channel's numbers lie so far apart that each is a cache miss, and finding the statistics of
+  // 32x2048x7x7 took longer for these than for x.
+  template <typename Merge>
+  void merge_tiles(int64_t begin, int64_t end, const Merge& merge) const {
+    for (int64_t tile = 1; tile < tiling_.tiles; ++tile)
+      for (int64_t c = begin; c < end; ++c) merge(c, tile);
   }
 
  private:

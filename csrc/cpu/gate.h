@@ -13,8 +13,8 @@ struct Gated {
   Coefficient<S, kPerLane> mean, scale, bias;
   Pack<S> threshold = Pack<S>::broadcast(kLargestStoredAsZero<T>);
 
-  explicit Gated(const Affine& affine)
-      : mean(affine.mean), scale(affine.scale), bias(affine.bias) {}
+  explicit Gated(const Affine& affine, int64_t channel = 0)
+      : mean(affine.mean, channel), scale(affine.scale, channel), bias(affine.bias, channel) {}
 
   template <typename... N>
   Pack<S> operator()(Pack<S> g, Pack<S> centred, const uint8_t* mask, int64_t i, N... n) const {

@@ -1,7 +1,7 @@
 // The four stages on one tile, and the table through which an instruction set is chosen.
 //
 // A tile is a number of runs, each contiguous in memory, of a dense (n_outer, n_channels, n_inner)
-// tensor. Channels-first, a tile lies within one channel, and its coefficients are one number each.
+// tensor. Channels-first, a run lies within one channel, and its coefficients are one number each.
 // Channels-last (n_inner == 1) a run is a row of all channels, and the coefficients are arrays.
 
 #pragma once
@@ -21,12 +21,13 @@ enum class Relu { kNone, kFirst, kLast };
 
 struct Runs {
   int64_t count;
-  int64_t length;       // in elements
-  int64_t stride;       // between the starts of two runs, in elements
-  int64_t mask_stride;  // likewise in the 1-bit mask, in bytes
-  int64_t prefetch;     // where the next runs to come lie, in elements; 0: the hardware will know
-  bool streams;         // results go past the caches; every run starts on a cache line
-  bool per_lane;        // coefficients differ from element to element of a run (channels-last)
+  int64_t length;              // in elements
+  int64_t stride;              // between the starts of two runs, in elements
+  int64_t mask_stride;         // likewise in the 1-bit mask, in bytes
+  int64_t channel_stride = 0;  // likewise in channels, of an elementwise stage channels-first
+  int64_t prefetch = 0;        // from an element to what to fetch; 0: the hardware will know
+  bool streams;                // results go past the caches; every run starts on a cache line
+  bool per_lane = false;       // coefficients differ within a run (channels-last)
 };
 
 // The coefficients of one norm in statistics precision S: double for fp64, else float. Forward:

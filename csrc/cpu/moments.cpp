@@ -15,15 +15,16 @@ void stats(const BatchNormStats& args) {
   S *const m2 = mean + args.view.n_channels, *const count = m2 + args.view.n_channels;
   *count = S(args.view.n_outer * args.view.n_inner);
   two_stages(
-      tiling, /*reduces=*/true, [&](int64_t group, int64_t index) { moments.stats(group, index); },
+      tiling, [&](int64_t group, int64_t index) { moments.stats(group, index); },
       [&](int64_t begin, int64_t end) {
+        moments.merge_tiles(begin, end);
         for (int64_t c = begin; c < end; ++c) {
           const Moments whole = moments.of_channel(c);
           mean[c] = S(whole.mean());
           m2[c] = S(whole.m2);
         }
       },
-      [](int64_t, int64_t) {});
+      [](const Tile&) {});
 }
 
 template <typename S>

@@ -49,12 +49,16 @@ class MomentsOfTiles {
                            partials_.of_tile(0, group, index), partials_.of_tile(1, group, index)});
   }
 
+  void merge_tiles(int64_t begin, int64_t end) const {
+    partials_.merge_tiles(begin, end, [&](int64_t c, int64_t tile) {
+      merges_[tile](partials_.of_channel(0, c, 0), partials_.of_channel(1, c, 0),
+                    partials_.of_channel(0, c, tile), partials_.of_channel(1, c, tile));
+    });
+  }
+
+  // Once the tiles are merged.
   Moments of_channel(int64_t c) const {
-    Moments moments{count_};
-    for (int64_t index = 0; index < tiling_.tiles; ++index)
-      merges_[index](moments.sum, moments.m2, partials_.of_channel(0, c, index),
-                     partials_.of_channel(1, c, index));
-    return moments;
+    return {count_, partials_.of_channel(0, c, 0), partials_.of_channel(1, c, 0)};
   }
 
  private:

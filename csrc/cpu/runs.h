@@ -14,7 +14,8 @@ template <typename S, bool kPerLane>
 struct Coefficient {
   const S* p;
 
-  explicit Coefficient(const void* coefficients) : p(static_cast<const S*>(coefficients)) {}
+  explicit Coefficient(const void* coefficients, int64_t = 0)
+      : p(static_cast<const S*>(coefficients)) {}
 
   template <typename... N>
   Pack<S> at(int64_t i, N... n) const {
@@ -27,8 +28,8 @@ template <typename S>
 struct Coefficient<S, false> {
   Pack<S> all;
 
-  explicit Coefficient(const void* p)
-      : all(Pack<S>::broadcast(p ? *static_cast<const S*>(p) : 0)) {}
+  explicit Coefficient(const void* p, int64_t channel = 0)
+      : all(Pack<S>::broadcast(p ? static_cast<const S*>(p)[channel] : 0)) {}
 
   template <typename... N>
   Pack<S> at(int64_t, N...) const {
@@ -61,9 +62,9 @@ inline constexpr int kColumn = 4;
 
 // Rows a block: enough that merging in double costs little, few enough that bwd_reduce keeps its
 // sums in single precision.
-inline int64_t rows_a_block(int64_t n_channels) {
-  const int64_t rows = 8192 / n_channels;
-  return rows < 32 ? 32 : rows > 256 ? 256 : rows;
+inline int64_t rows_a_block(const Runs& rows) {
+  const int64_t fit = 8192 / rows.length, most = fit < 32 ? 32 : fit > 256 ? 256 : fit;
+  return ceil_div(rows.count, ceil_div(rows.count, most));
 }
 
 // Calls body(column, packs as a constant, n...) over the columns of a row.
@@ -104,13 +105,18 @@ inline uint32_t load_mask(const uint8_t* mask, int64_t i, int n) {
   return bits;
 }
 
-// Fetches what lies `runs.prefetch` elements behind a run: the same plane some channels on.
-template <int kWrite, typename T>
-inline void prefetch(const Runs& runs, const T* run) {
-  if (runs.prefetch == 0 || run == nullptr) return;
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < runs.length; i += kLine)
-    __builtin_prefetch(run + runs.prefetch + i, kWrite, 2);
+// Fetches into L2.
+template <int kWrite = 0, typename T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p, kWrite, 2);
+}
+
+// A row of a column. Walking down a block of rows, that of the next block is fetched meanwhile:
+// bf16 stats at 32x256x56x56 take 0.6 of the time by it, bwd_reduce 0.85.
+template <int kLanes, typename T>
+inline void prefetch_column(const T* p) {
+  constexpr int kLine = 64 / sizeof(T);
+  for (int i = 0; i < kLanes; i += kLine) prefetch(p + i);
 }
 
 template <typename T, typename S>

@@ -32,14 +32,14 @@ void stats_planes(const StatsTile& tile) {
   const auto for_each = [&](auto body) {
     for (int64_t run = 0; run < tile.runs.count; ++run) {
       const T* x = tile_x + run * tile.runs.stride;
-      for_each_pack_in_turn<P::kLanes, kColumn>(
-          tile.runs.length, [&](int k, int64_t i, auto... n) { body(k, load(x + i, n...), n...); });
+      for_each_pack_in_turn<P::kLanes, kColumn>(tile.runs.length, [&](int k, int64_t i, auto... n) {
+        prefetch(x + tile.runs.prefetch + i);
+        body(k, load(x + i, n...), n...);
+      });
     }
   };
   const auto fold = [](const P(&a)[kColumn]) { return double(sum((a[0] + a[1]) + (a[2] + a[3]))); };
 
-  for (int64_t run = 0; run < tile.runs.count; ++run)
-    prefetch<0>(tile.runs, tile_x + run * tile.runs.stride);
   constexpr int64_t kSample = 64 * P::kLanes;
   const int64_t length = tile.runs.length < kSample ? tile.runs.length : kSample;
   P sampled = {};
@@ -65,7 +65,7 @@ template <typename T>
 void stats_rows(const StatsTile& tile) {
   using S = StatisticsOf<T>;
   using P = Pack<S>;
-  const int64_t n_channels = tile.runs.length, block = rows_a_block(n_channels);
+  const int64_t n_channels = tile.runs.length, block = rows_a_block(tile.runs);
   for (int64_t c = 0; c < n_channels; ++c) tile.sum[c] = tile.m2[c] = 0;
   for (int64_t row = 0; row < tile.runs.count; row += block) {
     const int64_t rows = row + block < tile.runs.count ? block : tile.runs.count - row;
@@ -81,12 +81,14 @@ void stats_rows(const StatsTile& tile) {
           pivot[k] = pivot[k] + load(x + r * n_channels + c + k * P::kLanes, n...);
       for (int k = 0; k < kPacks; ++k)
         pivot[k] = finite_or_zero(pivot[k] * P::broadcast(S(1) / S(sample)));
-      for (int64_t r = 0; r < rows; ++r)
+      for (int64_t r = 0; r < rows; ++r) {
+        prefetch_column<kLanes>(x + (r + block) * n_channels + c);
         for (int k = 0; k < kPacks; ++k) {
           const P d = load(x + r * n_channels + c + k * P::kLanes, n...) - pivot[k];
           d1[k] = d1[k] + d;
           d2[k] = fma(d, d, d2[k]);
         }
+      }
       S lanes[3][kLanes];
       std::memcpy(lanes[0], pivot, sizeof(pivot));
       std::memcpy(lanes[1], d1, sizeof(d1));
