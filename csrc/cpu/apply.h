@@ -43,10 +43,8 @@ void apply_runs(const ApplyTile& tile) {
     uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
       const auto relu = [&](P a) {
-        const uint32_t bits = exceeds(a, threshold);
-        a = keep(a, bits);
-        if (mask) store_mask<P::kMaskBytes>(mask, i, bits, n...);
-        return a;
+        if (mask) store_mask<P::kMaskBytes>(mask, i, exceeds(a, threshold), n...);
+        return keep_where_exceeds(a, a, threshold);
       };
       if constexpr (!kPerLane) {
         if constexpr (kHasResidual) prefetch(residual + tile.runs.prefetch + i);

@@ -21,7 +21,7 @@ struct Gated {
     if constexpr (kGate == Gate::kMask)
       return keep(g, load_mask<Pack<S>::kMaskBytes>(mask, i, n...));
     if constexpr (kGate == Gate::kRecompute)
-      return keep(g, exceeds(fma(centred, scale.at(i, n...), bias.at(i, n...)), threshold));
+      return keep_where_exceeds(g, fma(centred, scale.at(i, n...), bias.at(i, n...)), threshold);
     return g;
   }
 };
