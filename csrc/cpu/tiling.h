@@ -58,29 +58,30 @@ struct Tiling {
   int64_t groups, tiles;
   int64_t pieces, piece_length;  // of a plane, when one is more than a tile
   int64_t outer;                 // planes or rows a tile
-  int64_t planes;                // of consecutive channels, a tile in the order of memory
+  int64_t ordered;               // planes or rows an ordered tile
   int64_t prefetch;
   bool streams;
 
   Tiling(View v, Dtype dtype) : view(v), per_lane(v.n_inner == 1) {
     // 8192 elements stay in L1 for a second look. Rows are many channels at once, and each tile of
-    // them writes its sums for all, in double: few tiles of many rows, that yet spread over
+    // them writes its sums for all, in double: few tiles of many rows, yet enough for the
     // threads.
     constexpr int64_t kPlaneTile = 8192, kRowTile = 32768, kLeastRows = 64, kMaxRowTiles = 128;
-    pieces = planes = 1;
+    pieces = 1;
     piece_length = v.n_inner;
     if (per_lane) {
       groups = 1;
       const int64_t most = std::min(v.n_outer / kLeastRows, v.n_outer * v.n_channels / kRowTile);
       const uint64_t n_tiles = std::bit_floor(uint64_t(std::clamp<int64_t>(most, 1, kMaxRowTiles)));
       outer = ceil_div(v.n_outer, int64_t(n_tiles));
+      ordered = std::clamp<int64_t>(kRowTile / v.n_channels, 1, v.n_outer);
     } else {
       groups = v.n_channels;
       outer = std::clamp<int64_t>(kPlaneTile / v.n_inner, 1, v.n_outer);
       // Pieces start at a whole byte of mask and a cache line of any dtype.
       piece_length = ceil_div(ceil_div(v.n_inner, ceil_div(v.n_inner, kPlaneTile)), 64) * 64;
       pieces = ceil_div(v.n_inner, piece_length);
-      planes = std::clamp<int64_t>(kPlaneTile / v.n_inner, 1, v.n_channels);
+      ordered = std::clamp<int64_t>(kPlaneTile / v.n_inner, 1, v.n_channels);
     }
     tiles = ceil_div(v.n_outer, outer) * pieces;
     constexpr int64_t kL2 = 2 << 20;
@@ -106,16 +107,7 @@ struct Tiling {
 
   Tile tile(int64_t group, int64_t index) const {
     const int64_t first = index / pieces * outer, count = std::min(outer, view.n_outer - first);
-    if (per_lane)
-      return {.runs = {.count = count,
-                       .length = view.n_channels,
-                       .stride = view.n_channels,
-                       .mask_stride = view.mask_row_bytes(),
-                       .streams = streams,
-                       .per_lane = true},
-              .channel = 0,
-              .offset = first * view.n_channels,
-              .mask_offset = first * view.mask_row_bytes()};
+    if (per_lane) return rows(first, count);
     Tile tile = piece(first * view.n_channels + group, index % pieces, count);
     tile.runs.stride = view.n_channels * view.n_inner;
     tile.runs.mask_stride = view.n_channels * view.mask_row_bytes();
@@ -123,22 +115,33 @@ struct Tiling {
     return tile;
   }
 
-  // The tiles in the order of memory.
+  // Tiles of elementwise work alone, in the order of memory.
   int64_t ordered_tiles() const {
-    return per_lane ? tiles : view.n_outer * ceil_div(view.n_channels, planes) * pieces;
+    return per_lane ? ceil_div(view.n_outer, ordered)
+                    : view.n_outer * ceil_div(view.n_channels, ordered) * pieces;
   }
-  int64_t ordered_tile_elements() const {
-    return per_lane ? tile_elements() : planes * piece_length;
-  }
+  int64_t ordered_tile_elements() const { return ordered * piece_length * group_channels(); }
 
   Tile ordered_tile(int64_t index) const {
-    if (per_lane) return tile(0, index);
-    const int64_t blocks = ceil_div(view.n_channels, planes), block = index / pieces;
-    const int64_t channel = block % blocks * planes;
+    if (per_lane) return rows(index * ordered, std::min(ordered, view.n_outer - index * ordered));
+    const int64_t blocks = ceil_div(view.n_channels, ordered), block = index / pieces;
+    const int64_t channel = block % blocks * ordered;
     Tile tile = piece(block / blocks * view.n_channels + channel, index % pieces,
-                      std::min(planes, view.n_channels - channel));
+                      std::min(ordered, view.n_channels - channel));
     tile.runs.channel_stride = 1;
     return tile;
+  }
+
+  Tile rows(int64_t first, int64_t count) const {
+    return {.runs = {.count = count,
+                     .length = view.n_channels,
+                     .stride = view.n_channels,
+                     .mask_stride = view.mask_row_bytes(),
+                     .streams = streams,
+                     .per_lane = true},
+            .channel = 0,
+            .offset = first * view.n_channels,
+            .mask_offset = first * view.mask_row_bytes()};
   }
 
   // `count` runs of one piece of a plane each; the first plane is `row`.
