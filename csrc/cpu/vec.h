@@ -138,7 +138,7 @@ inline V keep_vector(V v, uint32_t bits) {
 }
 
 // v where a exceeds the threshold, else 0. On AVX2 the comparison is the mask: by way of bits it
-// would be six instructions more.
+// would be five instructions more, and bf16 apply 1.2 times as long.
 template <typename V>
 inline V keep_where_exceeds_vector(V v, V a, V threshold) {
 #if defined(FUSEDSKIP_AVX2)
