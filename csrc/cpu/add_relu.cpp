@@ -6,12 +6,9 @@
 namespace fusedskip::cpu {
 namespace {
 
-template <typename Body>
-void for_each_tile(int64_t numel, Dtype dtype, const Body& body) {
-  const Tiling tiling({1, 1, numel}, dtype);
-  parallel_for(tiling.tiles, tiling.tile_elements(), [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) body(tiling.tile(0, index));
-  });
+template <typename Apply>
+void for_each_tile(int64_t numel, Dtype dtype, const Apply& apply) {
+  one_stage(Tiling({1, 1, numel}, dtype), /*finish=*/[](int64_t, int64_t) {}, apply);
 }
 
 }  // namespace
