@@ -62,19 +62,19 @@ class BiasAddReLU(torch.autograd.Function):
         x = dense(x)
         residual = laid_out_like(residual, x)
         out, *saved = bias_add_relu_forward(backend, x, residual, bias, save_mask=True)
-        ctx.save_for_backward(bias, *saved)
-        ctx.strides, ctx.backend = out.stride(), backend
+        ctx.save_for_backward(*saved)
+        ctx.bias_dtype, ctx.strides, ctx.backend = bias.dtype, out.stride(), backend
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        bias, mask, mean, rstd = ctx.saved_tensors
+        mask, mean, rstd = ctx.saved_tensors
         need_x, need_residual, need_bias, _ = ctx.needs_input_grad
-        dout = strided(dout, ctx.strides)
+        dout, bias = strided(dout, ctx.strides), _like_bias(mean, ctx.bias_dtype)
         # x only matters to the gradient of a weight, and there is none.
         if _is_differentiated(dout):
             dx = _gated(ctx.backend, dout, dout, mask, None, bias, mean, rstd)
-            dbias = dx.transpose(0, 1).flatten(1).sum(1, dtype=bias.dtype)
+            dbias = dx.transpose(0, 1).flatten(1).sum(1, dtype=ctx.bias_dtype)
         else:
             dx, _, _, dbias = KERNELS[ctx.backend].batch_norm_backward(
                 dout, dout, mask, None, bias, mean, rstd, False, True,
@@ -114,11 +114,14 @@ class BatchNorm(torch.autograd.Function):
             training, momentum, eps, relu, save_mask,
         )  # fmt: skip
         need_x, _, need_weight, *_ = ctx.needs_input_grad
-        keeps_x = (relu and not save_mask) or _reads_input(training, need_x, need_weight)
+        ctx.recomputes_gate = relu and not save_mask
+        keeps_x = ctx.recomputes_gate or _reads_input(training, need_x, need_weight)
         ctx.save_for_backward(
-            x if keeps_x else None, mask if save_mask else None, weight, bias, mean, rstd
-        )
+            x if keeps_x else None, mask if save_mask else None,
+            weight, bias if ctx.recomputes_gate else None, mean, rstd,
+        )  # fmt: skip
         ctx.training, ctx.relu, ctx.backend = training, relu, backend
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.strides = out.stride()
         return out
 
@@ -127,7 +130,9 @@ class BatchNorm(torch.autograd.Function):
         x, mask, weight, bias, mean, rstd = ctx.saved_tensors
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         dout = strided(dout, ctx.strides)
-        x = dout.detach() if x is None else x  # then no result depends on it
+        # Of what was not saved no result depends on the values.
+        x = dout.detach() if x is None else strided(x, ctx.strides)
+        bias = bias if ctx.recomputes_gate else _like_bias(mean, ctx.bias_dtype)
         if _is_differentiated(dout):
             dresidual = dout
             if ctx.relu:
@@ -137,7 +142,7 @@ class BatchNorm(torch.autograd.Function):
             )
         else:
             dx, dresidual, dweight, dbias = KERNELS[ctx.backend].batch_norm_backward(
-                dout, dense(x), mask, weight, bias, mean, rstd, ctx.training, ctx.relu,
+                dout, x, mask, weight, bias, mean, rstd, ctx.training, ctx.relu,
                 need_x, need_residual and ctx.relu, need_weight or need_bias,
             )  # fmt: skip
             if not ctx.relu:
@@ -237,19 +242,21 @@ class DualBatchNorm(torch.autograd.Function):
         ctx.save_for_backward(
             x if _reads_input(training, need_x, need_weight) else None,
             residual if _reads_input(training, need_residual, need_residual_weight) else None,
-            mask, weight, bias, residual_weight, residual_bias, mean, rstd,
+            mask, weight, residual_weight, mean, rstd,
         )  # fmt: skip
+        ctx.bias_dtypes = tuple(b if b is None else b.dtype for b in (bias, residual_bias))
         ctx.training, ctx.backend, ctx.strides = training, backend, out.stride()
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, mask, *parameters, mean, rstd = ctx.saved_tensors
-        weight, _, residual_weight, _ = parameters
+        x, residual, mask, weight, residual_weight, mean, rstd = ctx.saved_tensors
         needed = ctx.needs_input_grad[:6]
         need_x, need_residual, *need_parameters = needed
         dout = strided(dout, ctx.strides)
-        x, residual = (dout.detach() if t is None else t for t in (x, residual))
+        x, residual = (
+            dout.detach() if t is None else strided(t, ctx.strides) for t in (x, residual)
+        )
         if _is_differentiated(dout):
             # The mask alone says what passes.
             g = _gated(ctx.backend, dout, dout, mask, None, None, mean[0], rstd[0])
@@ -262,18 +269,23 @@ class DualBatchNorm(torch.autograd.Function):
             )  # fmt: skip
             gradients = dx, dresidual, dweight, dbias, residual_dweight, residual_dbias
         else:
-            dense_x = dense(x)
+            bias, residual_bias = (_like_bias(mean[0], dtype) for dtype in ctx.bias_dtypes)
             gradients = KERNELS[ctx.backend].dual_batch_norm_backward(
-                dout, dense_x, laid_out_like(residual, dense_x), mask, *parameters, mean, rstd,
+                dout, x, residual, mask, weight, bias, residual_weight, residual_bias, mean, rstd,
                 ctx.training, need_x, need_residual, any(need_parameters),
             )  # fmt: skip
         return (
-            *(
-                g if need else None
-                for g, need in zip(gradients, ctx.needs_input_grad[:6], strict=True)
-            ),
+            *(g if need else None for g, need in zip(gradients, needed, strict=True)),
             *(None,) * 10,
         )
+
+
+def _like_bias(mean: Tensor, dtype: torch.dtype | None) -> Tensor | None:
+    """What takes a bias's place where its dtype matters alone, that of its gradient.
+
+    So nothing keeps a bias from being changed before the backward pass, as in eager mode.
+    """
+    return None if dtype is None else mean.to(dtype)
 
 
 def _reads_input(training: bool, need_input: bool, need_weight: bool) -> bool:

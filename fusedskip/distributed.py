@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from fusedskip import backends, reference
 from fusedskip.backends import KERNELS
 from fusedskip.checks import check_batch_norm
+from fusedskip.functional import are_contiguous
 from fusedskip.layout import dense, laid_out_like, strided
 
 
@@ -46,9 +47,10 @@ def sync_batch_norm(
     Semantics: `torch.nn.SyncBatchNorm` in training, `torch.add`, `torch.relu`.
     """
     check_batch_norm(x, residual, running_mean, running_var, weight, bias, True, eps, True)
+    takes_vectors = are_contiguous((running_mean, running_var, weight, bias))
     return _SyncBatchNorm.apply(
         x, residual, running_mean, running_var, weight, bias, momentum, eps, relu, group,
-        backends.select(x),
+        backends.select(x) if takes_vectors else "eager",
     )  # fmt: skip
 
 
@@ -103,12 +105,12 @@ class _SyncBatchNorm(torch.autograd.Function):
         x, mask, weight, bias, mean, rstd, count = ctx.saved_tensors
         need_x, need_residual, _, _, need_weight, need_bias = ctx.needs_input_grad[:6]
         stages = _stages(ctx.backend, x)
-        dense_x, dout = dense(x), strided(dout, ctx.strides)
+        x, dout = strided(x, ctx.strides), strided(dout, ctx.strides)
         # The sums are wanted in the precision of statistics, whatever that of the parameters.
         exact_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         exact_bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
         _, _, dweight, dbias = stages.batch_norm_backward(
-            dout, dense_x, mask, exact_weight, exact_bias, mean, rstd, False, ctx.relu,
+            dout, x, mask, exact_weight, exact_bias, mean, rstd, False, ctx.relu,
             False, False, True,
         )  # fmt: skip
         means = torch.cat([dbias, dweight])
@@ -116,7 +118,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             dist.all_reduce(means, group=ctx.group)
             means /= count
         dx, dresidual = stages.batch_norm_backward_apply(
-            dout, dense_x, mask, weight, bias, mean, rstd, means, ctx.relu,
+            dout, x, mask, weight, bias, mean, rstd, means, ctx.relu,
             need_x, need_residual and ctx.relu,
         )  # fmt: skip
         return (

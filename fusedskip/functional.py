@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
         residual: same shape, dtype and device as `x`; it is never broadcast. May be `x` itself.
 
     Returns:
-        A new tensor with the shape, dtype and memory layout of `x`.
+        A new tensor with the shape and dtype of `x`, channels-last where `x` is, else contiguous.
 
     Raises:
         TypeError: `x` is not floating point, or `residual` differs in dtype.
@@ -73,7 +74,7 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
         bias: `(C,)`, in the dtype of `x` or fp32.
 
     Returns:
-        A new tensor with the shape, dtype and memory layout of `x`.
+        A new tensor with the shape and dtype of `x`, channels-last where `x` is, else contiguous.
 
     Raises:
         TypeError: an argument has a dtype other than those above.
@@ -89,7 +90,7 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     if backend == "eager":
         return reference.bias_add_relu(x, residual, bias)
     if needs_grad:
-        return autograd.BiasAddReLU.apply(x, _distinct(residual, x), bias, backend)
+        return autograd.BiasAddReLU.apply(*_distinct(x, residual, bias), backend)
     x = dense(x)
     residual = laid_out_like(residual, x)
     return autograd.bias_add_relu_forward(backend, x, residual, bias, save_mask=False)[0]
@@ -120,7 +121,7 @@ def batch_norm_relu(
         eps: added to the variance.
 
     Returns:
-        A new tensor with the shape, dtype and memory layout of `x`.
+        A new tensor with the shape and dtype of `x`, channels-last where `x` is, else contiguous.
 
     Raises:
         TypeError: an argument has a dtype other than those above.
@@ -180,7 +181,7 @@ def batch_norm_add_relu(
         residual: same shape, dtype and device as `x`; it is never broadcast. May be `x` itself.
 
     Returns:
-        A new tensor with the shape, dtype and memory layout of `x`.
+        A new tensor with the shape and dtype of `x`, channels-last where `x` is, else contiguous.
 
     Raises:
         TypeError, ValueError: as `batch_norm_relu`, and if `residual` does not fit `x`.
@@ -224,9 +225,8 @@ def cat_batch_norm_relu(
     backend = _choose(x, _needs_grad(x, skip, weight, bias), training, norm[:4])
     if backend == "eager":
         return reference.cat_batch_norm_relu(x, skip, *norm)
-    return autograd.CatBatchNormReLU.apply(
-        x, _distinct(skip, x), weight, bias, *norm[:2], *norm[4:], backend
-    )
+    differentiable = _distinct(x, skip, weight, bias)
+    return autograd.CatBatchNormReLU.apply(*differentiable, *norm[:2], *norm[4:], backend)
 
 
 @overridable
@@ -260,7 +260,7 @@ def dual_batch_norm_add_relu(
         residual_momentum, residual_eps: where they differ from those of the norm of `x`.
 
     Returns:
-        A new tensor with the shape, dtype and memory layout of `x`.
+        A new tensor with the shape and dtype of `x`, channels-last where `x` is, else contiguous.
 
     Raises:
         TypeError, ValueError: as `batch_norm_relu`, for either norm, if `residual` does not fit
@@ -289,24 +289,18 @@ def dual_batch_norm_add_relu(
     parameters = (weight, bias, residual_weight, residual_bias)
     needs_grad = _needs_grad(x, residual, *parameters)
     running = (running_mean, running_var, residual_running_mean, residual_running_var)
+    options: tuple[Any, ...] = (training, momentum, eps, residual_momentum, residual_eps)
     backend = _choose(x, needs_grad, training, (*parameters, *running))
     if backend == "eager":
-        return reference.dual_batch_norm_add_relu(
-            x, residual, running_mean, running_var, residual_running_mean, residual_running_var,
-            weight, bias, residual_weight, residual_bias,
-            training, momentum, eps, residual_momentum, residual_eps,
-        )  # fmt: skip
+        return reference.dual_batch_norm_add_relu(x, residual, *running, *parameters, *options)
     if needs_grad:
-        return autograd.DualBatchNorm.apply(
-            x, _distinct(residual, x), *parameters,
-            running_mean, running_var, residual_running_mean, residual_running_var,
-            training, momentum, eps, residual_momentum, residual_eps, backend,
-        )  # fmt: skip
+        differentiable = _distinct(x, residual, *parameters)
+        return autograd.DualBatchNorm.apply(*differentiable, *running, *options, backend)
     x = dense(x)
     return KERNELS[backend].dual_batch_norm(
         x, laid_out_like(residual, x), weight, bias, running_mean, running_var,
         residual_weight, residual_bias, residual_running_mean, residual_running_var,
-        training, momentum, eps, residual_momentum, residual_eps, False,
+        *options, False,
     )[0]  # fmt: skip
 
 
@@ -318,7 +312,7 @@ def _add_relu(x: Tensor, residual: Tensor, relu_first: bool) -> Tensor:
     if backend == "eager":
         return (reference.relu_add if relu_first else reference.add_relu)(x, residual)
     if needs_grad:
-        return autograd.AddReLU.apply(x, _distinct(residual, x), relu_first, backend)
+        return autograd.AddReLU.apply(*_distinct(x, residual), relu_first, backend)
     x = dense(x)
     return KERNELS[backend].add_relu(x, laid_out_like(residual, x), relu_first, False)[0]
 
@@ -344,7 +338,7 @@ def _batch_norm(
         )
     if needs_grad:
         return autograd.BatchNorm.apply(
-            x, _distinct(residual, x), weight, bias, running_mean, running_var,
+            *_distinct(x, residual, weight, bias), running_mean, running_var,
             training, momentum, eps, relu, backend,
         )  # fmt: skip
     x = dense(x)
@@ -354,9 +348,14 @@ def _batch_norm(
     )[0]
 
 
-def _distinct(residual: Tensor | None, x: Tensor) -> Tensor | None:
-    """`residual`, or a view of it: dynamo gives no Function the same tensor twice."""
-    return x.view_as(x) if residual is x and torch.compiler.is_compiling() else residual
+def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """These tensors, or views of those seen before: dynamo gives no Function one of them twice."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    return tuple(
+        t.view_as(t) if t is not None and any(t is earlier for earlier in tensors[:i]) else t
+        for i, t in enumerate(tensors)
+    )
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -379,14 +378,20 @@ def _choose(
         is_differentiated = getattr(torch._dynamo.config, "trace_autograd_ops", False)
         plain = _is_exporting() or is_differentiated or not (training or needs_grad)
     else:
-        plain = torch._C._is_tracing() or (type(x) is not Tensor and _is_distributed(x))
+        plain = torch._C._is_tracing()
+    plain = plain or (type(x) is not Tensor and _is_distributed(x))
     if plain or x.numel() == 0 or _is_transformed():
         return "eager"
+    return backend if are_contiguous(vectors) else "eager"
+
+
+def are_contiguous(vectors: Iterable[Tensor | None]) -> bool:
+    """Whether kernels take these parameters and running statistics; if not, a warning says so."""
     for vector in vectors:
         if vector is not None and not vector.is_contiguous():
-            _warn_of_strides()
-            return "eager"
-    return backend
+            _warn("where parameters or running statistics are not contiguous")
+            return False
+    return True
 
 
 # Called by dynamo while it traces: by its own answer, torch 2.11 exports whatever it compiles.
@@ -414,11 +419,12 @@ def _is_transformed() -> bool:
     return True
 
 
+# Called by dynamo while it traces, into which a warning has no way.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _warn_of_strides() -> None:
-    _warn("where parameters or running statistics are not contiguous")
+def _warn(where: str) -> None:
+    _warn_once(where)
 
 
 @cache
-def _warn(where: str) -> None:
-    warnings.warn(f"fusedskip runs eagerly {where}", stacklevel=2)
+def _warn_once(where: str) -> None:
+    warnings.warn(f"fusedskip runs eagerly {where}", stacklevel=3)

@@ -74,6 +74,22 @@ def sync_batch_norm_relu(layout):
     return step(norm, *map(mine, whole_batch(layout=layout)))
 
 
+def strided_parameters():
+    """Every other element of a vector twice as long: kernels take none such."""
+    norm = norm_of(fusedskip.SyncBatchNormAddReLU)
+    for parameter in norm.parameters():
+        parameter.data = torch.stack([parameter.data] * 2, dim=1)[:, 0]
+        assert not parameter.is_contiguous()
+    return step(norm, *map(mine, whole_batch()))
+
+
+def offloaded():
+    """What is saved of channels-last tensors comes back contiguous, as from pinned memory."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(torch.Tensor.contiguous, lambda t: t)
+    with hooks:
+        return sync_batch_norm_add_relu(layout="channels_last")
+
+
 def eager_stages():
     with fusedskip.use_backend("eager"):
         return sync_batch_norm_add_relu()
@@ -208,7 +224,9 @@ SCENARIOS = {
     "add_relu momentum=None": lambda: sync_batch_norm_add_relu(momentum=None),
     "add_relu fp32": lambda: sync_batch_norm_add_relu(torch.float32),
     "add_relu bf16": lambda: sync_batch_norm_add_relu(torch.bfloat16, "channels_last"),
+    "add_relu offloaded": offloaded,
     "add_relu eager": eager_stages,
+    "add_relu strided parameters": strided_parameters,
     "add_relu compiled": compiled,
     "relu": lambda: sync_batch_norm_relu("contiguous"),
     "relu channels_last": lambda: sync_batch_norm_relu("channels_last"),

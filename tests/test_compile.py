@@ -202,6 +202,24 @@ def test_residual_that_is_x(compiled_backend, device, function):
     torch.testing.assert_close(*gradients)
 
 
+def test_parameters_that_are_one(compiled_backend, device):
+    """Two norms with one weight, one of which has that for its bias, too."""
+    x, residual = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, device=device)
+
+    def tail(weight):
+        out = fusedskip.batch_norm_add_relu(x, residual, None, None, weight, weight, training=True)
+        return fusedskip.dual_batch_norm_add_relu(
+            out, residual, *[None] * 4, weight=weight, residual_weight=weight, training=True
+        )
+
+    gradients = []
+    for run_tail in (tail, torch.compile(tail, fullgraph=True, backend="aot_eager")):
+        weight = torch.tensor([0.5, 1, 2], dtype=torch.float64, device=device, requires_grad=True)
+        run_tail(weight).square().sum().backward()
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
 def test_channels_last_slice_of_any_size(compiled_backend, device):
     wide = torch.randn(2, 8, 6, 6, device=device).to(memory_format=torch.channels_last)
 

@@ -216,6 +216,8 @@ outs = [distribute_module(model, mesh)(x).full_tensor() for model in (eager, fus
 assert torch.equal(*outs)
 total = fusedskip.add_relu(x, x).full_tensor()
 assert torch.equal(total, (2 * x.full_tensor()).relu())
+compiled = torch.compile(fusedskip.add_relu, backend="aot_eager", fullgraph=True)
+assert torch.equal(compiled(x, x).full_tensor(), total)
 dist.destroy_process_group()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """Values and gradients of the public functions against fp64, on every backend."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -196,6 +197,34 @@ def test_what_is_kept_for_backward(backend, device, function):
     assert [t.data_ptr() for t in activations] == [leaves[n].data_ptr() for n in normalised]
     has_mask = function not in ("batch_norm_relu", "batch_norm_add")
     assert sum(t.nbytes for t in masks) == (problem.x.numel() // 8 if has_mask else 0)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
+def test_saved_tensors_come_back_in_another_layout(backend, device, function, layout, training):
+    """As `save_on_cpu(pin_memory=True)` gives them back, contiguous: also for a second derivative.
+
+    Of 8 channels of 16 elements, a mask has as many bytes in either layout.
+    """
+    problem = make_problem(function, (2, 8, 4, 4), torch.float64, layout, device, training)
+    other = LAYOUTS[1 - LAYOUTS.index(layout)]
+
+    def pack(tensor):
+        return lay_out(tensor.detach(), other) if tensor.dim() == 4 else tensor
+
+    def gradients(hooks, create_graph):
+        leaves = problem.leaves()
+        with hooks:
+            out = call(problem, **leaves, **problem.buffers())
+        return torch.autograd.grad(
+            out, list(leaves.values()), problem.dout, create_graph=create_graph
+        )
+
+    for create_graph in (False, True):
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        want = gradients(contextlib.nullcontext(), create_graph)
+        torch.testing.assert_close(gradients(hooks, create_graph), want, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("function", [f for f in NORMS if f != "batch_norm_relu"])

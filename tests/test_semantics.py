@@ -184,6 +184,21 @@ def test_second_forward_before_first_backward(backend, device, function, trainin
         assert torch.equal(leaf.grad, want[f"d{name}"])
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("function", ["bias_add_relu", *NORMS[1:]])
+def test_a_bias_changed_before_backward(backend, device, function, training):
+    """No gradient depends on it, and eager does not keep it: a mask says what ReLU has passed."""
+    problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device, training=training)
+    want, leaves = run(problem), problem.leaves()
+    out = call(problem, **leaves, **problem.buffers())
+    with torch.no_grad():
+        for name in leaves.keys() & {"bias", "residual_bias"}:
+            leaves[name].add_(1)
+    out.backward(problem.dout)
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, want[f"d{name}"])
+
+
 @pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_backward_twice(backend, device, function):
     problem = make_problem(function, (4, 5, 3, 3), torch.float64, device=device)
@@ -316,7 +331,7 @@ def test_threads_do_not_change_a_bit(function, layout, shape):
 @pytest.mark.parametrize("function", ["bias_add_relu", *NORMS, CAT])
 def test_vectors_that_are_not_contiguous(backend, device, function):
     """As in eager mode, which stands in for the kernels; what lies between is left alone."""
-    functional._warn.cache_clear()
+    functional._warn_once.cache_clear()
     problem = make_problem(function, (3, 4, 2, 3), torch.float64, device=device)
 
     def spread(vector):

@@ -205,6 +205,7 @@ def _backward(
     """The residual is given where it is normalised, and means where x is a part of the batch."""
     _check_contiguous(*parameters)
     view = View.of(x)
+    _check_laid_out(x, view, mask, dout, residual)
     chosen = plan(view, x.itemsize, 1 if residual is None else 2)
     dx = torch.empty_like(x) if need_dx else None
     dresidual = torch.empty_like(x) if need_dresidual else None
@@ -279,6 +280,17 @@ def batch_norm_backward_apply(
         need_dx, need_dresidual, False, means,
     )  # fmt: skip
     return dx, dresidual
+
+
+def _check_laid_out(x: Tensor, view: View, mask: Tensor | None, *others: Tensor | None) -> None:
+    strides = x.stride()
+    for other in others:
+        if other is None or other.stride() == strides:
+            continue
+        if any(s > 1 and a != b for s, a, b in zip(x.shape, other.stride(), strides, strict=True)):
+            raise RuntimeError("dout, residual: expected the memory layout of x")
+    if mask is not None and tuple(mask.shape) != view.mask_shape:
+        raise RuntimeError("mask: not the one that forward returned")
 
 
 def _check_contiguous(*vectors: Tensor | None) -> None:

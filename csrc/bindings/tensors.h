@@ -77,7 +77,9 @@ inline bool same_device(const Tensor& a, const Tensor& b) {
 
 inline uint8_t* mask_data(const Tensor& mask, const Tensor& x, const View& view) {
   if (mask.numel() == 0) return nullptr;
-  STD_TORCH_CHECK(mask.numel() == view.n_rows() * view.mask_row_bytes() && same_device(mask, x) &&
+  // By its rows: as many bytes may be those of another memory layout.
+  STD_TORCH_CHECK(mask.dim() == 2 && mask.size(0) == view.n_rows() &&
+                      mask.size(1) == view.mask_row_bytes() && same_device(mask, x) &&
                       mask.scalar_type() == ScalarType::Byte && mask.is_contiguous(),
                   "mask: not the one that forward returned");
   return static_cast<uint8_t*>(mask.data_ptr());
