@@ -26,8 +26,9 @@ STANDARD = "-std=c++20"
 # -g0: the debug information that Python's own flags ask for is ten times the code.
 CXX_FLAGS = "-O3 -g0 -Wall -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math"
 NVCC_FLAGS = "-O3 -Xcompiler=-fvisibility=hidden"
-# Where TORCH_CUDA_ARCH_LIST does not say otherwise; later ones compile the last one's PTX.
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+# Where TORCH_CUDA_ARCH_LIST does not say otherwise; later ones compile the last one's PTX. Before
+# CUDA 12.8, nvcc knows none after 9.0.
+CUDA_ARCHITECTURES, BEFORE_12_8 = "8.0;8.6;8.9;9.0;10.0;12.0+PTX", "8.0;8.6;8.9;9.0+PTX"
 
 NO_TORCH = """\
 fusedskip is compiled against the torch that it will run with, and there is none: {}
@@ -86,7 +87,9 @@ def extension_args(build):
     extension_class, sources, flags = CppExtension, [], [STANDARD, *DEFINES]
     if build != "cpu" and not missing:
         extension_class, sources, flags = CUDAExtension, cuda_sources, [*flags, "-DUSE_CUDA"]
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        is_before_12_8 = tuple(map(int, torch.version.cuda.split(".")[:2])) < (12, 8)
+        architectures = BEFORE_12_8 if is_before_12_8 else CUDA_ARCHITECTURES
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures)
     extension = extension_class(
         "fusedskip._C",
         sorted(sources + glob("csrc/bindings/*.cpp") + glob("csrc/cpu/*.cpp")),

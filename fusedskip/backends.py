@@ -5,7 +5,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -36,8 +36,11 @@ def _triton_interprets() -> bool:
 
 
 @cache
-def unavailable(name: str, device_type: str) -> str | None:
-    """Why backend `name` cannot take tensors on `device_type`, or None if it can."""
+def unavailable(name: str, device_type: str, index: int | None = None) -> str | None:
+    """Why backend `name` cannot take tensors on a device, or None if it can.
+
+    Without an index the device is the current one of its type.
+    """
     if name == "eager":
         return None
     if name == "triton":
@@ -53,7 +56,8 @@ def unavailable(name: str, device_type: str) -> str | None:
     if not ops.has_kernel(ops.COMPILED, name.upper()):
         return f"this installation was built without {name} kernels"
     if name == "cuda" and torch.cuda.is_available():
-        error = importlib.import_module("fusedskip._C").cuda_error()
+        with torch.cuda.device(index):  # or asking would set up another GPU
+            error = importlib.import_module("fusedskip._C").cuda_error()
         return error and f"its kernels were built for other GPUs than this one: {error}"
     return None
 
@@ -74,8 +78,7 @@ def _checked_name(name: str) -> str:
 _active = _checked_name(os.environ.get("FUSEDSKIP_BACKEND", "auto"))
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str) -> AbstractContextManager[None]:
     """Run every fused operation called inside the `with` block on one backend.
 
     The choice is process-wide, not per thread. A backward pass runs on the backend of its forward.
@@ -87,8 +90,13 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: for another name. A call on tensors that the backend cannot take raises
             `RuntimeError` and says why.
     """
+    return _active_backend(_checked_name(name))
+
+
+@contextmanager
+def _active_backend(name: str) -> Iterator[None]:
     global _active
-    previous, _active = _active, _checked_name(name)
+    previous, _active = _active, name
     try:
         yield
     finally:
@@ -118,8 +126,8 @@ def on_chip(preferred: bool = True) -> Iterator[None]:
 
 
 @cache
-def _auto(device_type: str) -> str:
-    reasons = {name: unavailable(name, device_type) for name in KERNELS}
+def _auto(device_type: str, index: int | None = None) -> str:
+    reasons = {name: unavailable(name, device_type, index) for name in KERNELS}
     for name, reason in reasons.items():
         # Interpreted Triton is for tests: it is taken only when asked for by name.
         if reason is None and not (name == "triton" and device_type == "cpu"):
@@ -132,15 +140,16 @@ def _auto(device_type: str) -> str:
 
 # dynamo calls this while it traces and keeps the answer, instead of tracing into it.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _select(active: str, device_type: str) -> str:
+def _select(active: str, device_type: str, index: int | None) -> str:
     if active == "auto":
-        return _auto(device_type)
-    if (reason := unavailable(active, device_type)) is not None:
+        return _auto(device_type, index)
+    if (reason := unavailable(active, device_type, index)) is not None:
         raise RuntimeError(f"backend {active!r} cannot take {device_type} tensors: {reason}")
     return active
 
 
 def select(x: Tensor) -> str:
     """The name of the backend that a call on `x` runs on."""
-    name: str = _select(_active, x.device.type)
+    device = x.device
+    name: str = _select(_active, device.type, device.index)
     return name

@@ -1,5 +1,6 @@
 """Which backend a call runs on, and what is said when it cannot."""
 
+import contextlib
 import importlib
 import os
 import subprocess
@@ -42,7 +43,7 @@ def test_auto_takes_the_compiled_kernels():
     ("working", "best"), [(("cuda", "triton"), "cuda"), (("triton",), "triton")]
 )
 def test_auto_on_a_gpu(monkeypatch, working, best):
-    monkeypatch.setattr(backends, "unavailable", lambda name, _: None if name in working else "no")
+    monkeypatch.setattr(backends, "unavailable", lambda name, *_: None if name in working else "no")
     assert backends._auto.__wrapped__("cuda") == best
 
 
@@ -53,12 +54,25 @@ def test_auto_on_a_gpu_without_kernels(monkeypatch):
 
 
 def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
+    """It is that of the tensor which is asked, be another the current one."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index):
+        current.append(index)
+        yield
+        current.pop()
+
     extension = importlib.import_module("fusedskip._C")
-    monkeypatch.setattr(extension, "cuda_error", lambda: "no kernel image", raising=False)
+    error = lambda: "no kernel image" if current[-1] == 1 else None  # noqa: E731
+    monkeypatch.setattr(extension, "cuda_error", error, raising=False)
     monkeypatch.setattr(backends.ops, "has_kernel", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    reason = backends.unavailable.__wrapped__("cuda", "cuda")
+    monkeypatch.setattr(torch.cuda, "device", device)
+    reason = backends.unavailable.__wrapped__("cuda", "cuda", 1)
     assert reason == "its kernels were built for other GPUs than this one: no kernel image"
+    assert backends.unavailable.__wrapped__("cuda", "cuda", 0) is None
+    assert current == [0]
 
 
 def test_use_backend_nests_and_restores():
@@ -84,7 +98,7 @@ def test_other_accelerators_run_eagerly_and_say_so_once():
 
 def test_unknown_backend():
     with pytest.raises(ValueError, match="backend: expected 'auto' or one of"):
-        fusedskip.use_backend("cudnn").__enter__()
+        fusedskip.use_backend("cudnn")
 
 
 def test_backend_that_cannot_take_the_tensor():
