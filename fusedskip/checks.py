@@ -14,6 +14,7 @@ _DTYPES = {
 
 def check_activation(x: Tensor) -> None:
     """Raise `TypeError` unless kernels take tensors like `x`."""
+    _check_tensor("x", x)
     if x.dtype not in _DTYPES:
         raise TypeError(f"x: expected dtype float64, float32, bfloat16 or float16, got {x.dtype}")
     if x.layout != torch.strided or x.is_nested:
@@ -22,16 +23,30 @@ def check_activation(x: Tensor) -> None:
 
 
 def check_same_shape(residual: Tensor, x: Tensor) -> None:
-    """Raise `ValueError`, which names both shapes, if they differ: a sum never broadcasts."""
+    """Raise `ValueError`, which names both shapes, if they differ: a sum never broadcasts.
+
+    `TypeError` unless it is a tensor.
+    """
+    _check_tensor("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(
             f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}"
         )
 
 
+def _check_tensor(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{name}: expected dtype {x.dtype} like x, got {tensor.dtype}")
+        text = f"{name}: expected dtype {x.dtype} like x, got {tensor.dtype}"
+        if torch.is_autocast_enabled(x.device.type):
+            text += f"; autocast converts neither: {name}.to(x.dtype)"
+        raise TypeError(text)
+    if tensor.layout != x.layout:
+        raise TypeError(f"{name}: expected layout {x.layout} like x, got {tensor.layout}")
     if tensor.device != x.device:
         raise ValueError(f"{name}: expected device {x.device} like x, got {tensor.device}")
 
@@ -44,6 +59,7 @@ def check_residual(residual: Tensor, x: Tensor) -> None:
 
 def check_skip(skip: Tensor, x: Tensor) -> None:
     """Raise `TypeError` or `ValueError` unless `skip` is like `x` but for its channels."""
+    _check_tensor("skip", skip)
     if skip.shape[:1] + skip.shape[2:] != x.shape[:1] + x.shape[2:] or skip.dim() != x.dim():
         raise ValueError(
             f"skip: expected shape {tuple(x.shape)} of x but for the channels, "
@@ -53,6 +69,7 @@ def check_skip(skip: Tensor, x: Tensor) -> None:
 
 
 def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
+    _check_tensor(name, vector)
     if vector.shape != x.shape[1:2]:
         return ValueError(
             f"{name}: expected shape ({x.shape[1]},) for x of shape {tuple(x.shape)}, "
@@ -71,7 +88,10 @@ def check_channel_vectors(x: Tensor, **vectors: Tensor | None) -> None:
     channels, device, dtypes = x.shape[1:2], x.device, _DTYPES[x.dtype]
     for name, vector in vectors.items():
         if vector is not None and not (
-            vector.shape == channels and vector.dtype in dtypes and vector.device == device
+            isinstance(vector, Tensor)
+            and vector.shape == channels
+            and vector.dtype in dtypes
+            and vector.device == device
         ):
             raise _channel_vector_error(name, vector, x)
 

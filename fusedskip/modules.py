@@ -34,7 +34,9 @@ class _Call:
         self.momentum = bn.momentum or 0.0
         self._counter = bn.num_batches_tracked if tracks else None
         self._averages: list[tuple[Tensor, Tensor]] = []
-        if bn.momentum is None and self._counter is not None:
+        # A batch without elements has no statistics to average.
+        has_statistics = x.numel() > 0 or self.group is not None
+        if bn.momentum is None and self._counter is not None and has_statistics:
             # The cumulative average weighs this batch by 1 / counter, which is on the device:
             # reading it would wait for that, or break a graph.
             self._averages = [(r, torch.zeros_like(r)) for r in running if r is not None]
@@ -137,6 +139,9 @@ class BatchNormReLU2d(_BatchNormReLU, nn.BatchNorm2d):
 
 class BatchNormReLU3d(_BatchNormReLU, nn.BatchNorm3d):
     """`relu(BatchNorm3d(x))` in one operation; `x` is `(N, C, D, H, W)`."""
+
+
+NORM_RELUS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d)
 
 
 class BatchNormAddReLU1d(_BatchNormAddReLU, nn.BatchNorm1d):

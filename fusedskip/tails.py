@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import functional
 from fusedskip.checks import check_same_shape
-from fusedskip.modules import SyncBatchNorm, apply_dual_norm, apply_norm
+from fusedskip.modules import NORM_RELUS, SyncBatchNorm, apply_dual_norm, apply_norm
 
 # The norms that kernels compute, by exact type, and what else must hold of one.
 NORMS: dict[type[nn.Module], Callable[[Any], bool]] = dict.fromkeys(
@@ -40,7 +40,9 @@ def is_of_library(function: Callable[..., Any], owner: type[nn.Module]) -> bool:
 
 
 # The forward of what is bypassed, by exact type, as it was: a patch of the class is honoured, too.
-_PLAIN: tuple[type[nn.Module], ...] = (nn.ReLU, nn.Identity, *NORMS, *CHAINS)
+_PLAIN: tuple[type[nn.Module], ...] = (
+    nn.ReLU, nn.Identity, nn.Conv2d, *NORMS, *CHAINS, *NORM_RELUS,
+)  # fmt: skip
 _FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None for kind in _PLAIN}
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

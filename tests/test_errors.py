@@ -35,8 +35,18 @@ def assert_like_x(problem, name):
     """The dtype and the device of an activation must be those of x."""
     text = f"{name}: expected dtype torch.float32 like x, got torch.float64"
     assert_refused(problem, TypeError, text, **{name: torch.ones(SHAPE).double()})
+    with torch.autocast("cpu", torch.bfloat16):
+        text += f"; autocast converts neither: {name}.to(x.dtype)"
+        assert_refused(problem, TypeError, text, **{name: torch.ones(SHAPE).double()})
     text = f"{name}: expected device cpu like x, got meta"
     assert_refused(problem, ValueError, text, **{name: torch.ones(SHAPE, device="meta")})
+    text = f"{name}: expected layout torch.strided like x, got torch.sparse_coo"
+    assert_refused(problem, TypeError, text, **{name: torch.ones(SHAPE).to_sparse()})
+    assert_no_tensor(problem, name)
+
+
+def assert_no_tensor(problem, name):
+    assert_refused(problem, TypeError, f"{name}: expected a tensor, got float", **{name: 1.0})
 
 
 @pytest.fixture(params=[*BACKENDS, "eager"])
@@ -84,6 +94,11 @@ def test_dtype_of_x(function, dtype):
         f"x: expected dtype float64, float32, bfloat16 or float16, got {dtype}",
         x=torch.ones(SHAPE).to(dtype),
     )
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
+def test_x_that_is_no_tensor(function):
+    assert_no_tensor(make_problem(function, SHAPE), "x")
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
@@ -137,6 +152,7 @@ def test_channel_vectors(function, name):
         f"{name}: expected device cpu like x, got meta",
         **{name: torch.ones(3, device="meta")},
     )
+    assert_no_tensor(problem, name)
     assert_refused(
         make_problem(function, SHAPE, torch.bfloat16),
         TypeError,

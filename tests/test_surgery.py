@@ -349,6 +349,8 @@ def test_plain_sequentials():
     train_alike(fused, eager, [torch.randn(4, 3, 9, 8).double() for _ in range(2)])
     x = torch.randn(4, 3, 9, 8).double()
     assert_equal(fused[:3](x), eager[:3](x))
+    (row,) = fusedskip.explain(eager[4:7])
+    assert row.kernels == ("K1",)
 
 
 @pytest.mark.parametrize("in_place", [True, False], ids=["resnet", "regnet"])

@@ -421,6 +421,13 @@ def test_a_script_module_is_refused(resnet):
     assert {row.reason for row in report} == {"it is a ScriptModule: fuse before scripting"}
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_fused_model_is_not_scripted(resnet):
+    with pytest.raises(RuntimeError, match=r"fusedskip\.unfuse\(model\) before"):
+        torch.jit.script(fusedskip.fuse(resnet))
+    assert torch.jit.script(fusedskip.unfuse(resnet)).code
+
+
 @pytest.mark.parametrize(
     "norm",
     [nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LazyBatchNorm2d()],

@@ -96,14 +96,17 @@ def test_without_gradients(compiled_backend, device, mode, training):
 
 
 def test_update_bn(compiled_backend, device):
-    """It takes cumulative averages: every norm has `momentum=None` while it runs."""
-    loader = [images(device, n) for n in (2, 5, 3)]
+    """It takes cumulative averages: every norm has `momentum=None` while it runs.
+
+    A batch without images is counted, and else changes nothing.
+    """
+    loader = [images(device, n) for n in (2, 5, 0, 3)]
     states = []
     for network in twins(device=device, **fp64):
         update_bn(loader, network)
         states.append(network.state_dict())
     torch.testing.assert_close(*states)
-    assert states[1]["1.num_batches_tracked"] == 3
+    assert states[1]["1.num_batches_tracked"] == 4
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])

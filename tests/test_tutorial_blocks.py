@@ -336,6 +336,16 @@ def test_children_that_are_not_what_they_were_are_called(monkeypatch, kind, name
 
 
 @pytest.mark.parametrize("kind", ["SkipConnectionBlock", "SkipConnectionBlockConcat"])
+def test_a_class_that_is_patched(monkeypatch, kind):
+    ours, twin = (block.double() for block in make_block(kind, 6, 8))
+    ours.load_state_dict(twin.state_dict())
+    forward = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", lambda self, x: forward(self, x) / 2)
+    x = torch.randn(2, 6, 4, 4).double()
+    torch.testing.assert_close(ours(x), twin(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["SkipConnectionBlock", "SkipConnectionBlockConcat"])
 def test_global_hooks_fire(monkeypatch, kind):
     block, _ = make_block(kind, 6, 8)
     monkeypatch.setattr(functional, "bias_add_relu", None)
@@ -506,8 +516,8 @@ class TestSkipConnectionRNN:
             block(torch.randn(2, 4, 6).double())
         with pytest.raises(ValueError, match=r"x: expected shape \(N, L, 5\), got \(4, 5\)"):
             block(x[0])
-        for lengths in ([4], [0, 4], [5, 4]):
-            with pytest.raises(ValueError, match="expected 2 numbers from 1 to 4 for x of shape"):
+        for lengths in ([4], [0, 4], [5, 4], [2.5, 4]):
+            with pytest.raises(ValueError, match="expected 2 whole numbers from 1 to 4"):
                 block(x, lengths)
         with pytest.raises(TypeError, match="lengths: expected None beside a PackedSequence"):
             block(pack_sequence(sequences, False), self.lengths)

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fusedskip import functional
-from fusedskip.modules import BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d, apply_cat_norm
+from fusedskip.modules import NORM_RELUS, apply_cat_norm
 from fusedskip.tails import chain, is_exactly, may_run, plan_chain, run_steps
 from fusedskip.tracing import leaf
-
-_NORM_RELUS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d)
 
 
 def _keeps_all_but_channels(out: Tensor, x: Tensor) -> bool:
@@ -48,7 +46,7 @@ class SkipSequential(nn.Sequential):
         plan = plan_chain(self)
         if plan.branch and may_run(plan, x):
             steps, (norm, relu) = plan.branch[:-1], plan.branch[-1]
-            if relu is not None or is_exactly(_NORM_RELUS, norm):
+            if relu is not None or is_exactly(NORM_RELUS, norm):
                 out = run_steps(steps, x)
                 self._check_shape(out, x)
                 if out.dtype == x.dtype:  # not under autocast, which leaves x as it is
@@ -187,12 +185,14 @@ class SkipConnectionRNN(nn.Module):
         if lengths is None:
             return torch.cat([x, self._skip(x).unsqueeze(1)], dim=1)
         lengths = torch.as_tensor(lengths, device="cpu")
-        if lengths.shape != x.shape[:1] or not bool(
-            ((lengths > 0) & (lengths <= x.shape[1])).all()
+        if (
+            lengths.shape != x.shape[:1]
+            or lengths.is_floating_point()
+            or not bool(((lengths > 0) & (lengths <= x.shape[1])).all())
         ):
             raise ValueError(
-                f"lengths: expected {x.shape[0]} numbers from 1 to {x.shape[1]} for x of shape "
-                f"{tuple(x.shape)}, got {lengths.tolist()}"
+                f"lengths: expected {x.shape[0]} whole numbers from 1 to {x.shape[1]} for x of "
+                f"shape {tuple(x.shape)}, got {lengths.tolist()}"
             )
         packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         return _put_behind(x, lengths, self._skip(packed))

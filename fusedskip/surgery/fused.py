@@ -59,6 +59,9 @@ class Fused(nn.Module):
                 return f"{method} is not the one that fusedskip knows"
         return None
 
+    def __prepare_scriptable__(self) -> "Fused":  # torch.jit.script asks for it first
+        raise RuntimeError("a fused module cannot be scripted: fusedskip.unfuse(model) before")
+
     @classmethod
     def _fused_applies(cls, module: nn.Module) -> bool:
         """Whether `module`, a `_fused_replaces` or already fused, has a tail at all."""
@@ -105,7 +108,8 @@ class FusedChain(Fused):
 
     @classmethod
     def _fused_applies(cls, module: nn.Module) -> bool:
-        present = [m for m in tails.children(module, cls._fused_names) if m is not None]
+        children = tails.children(module, cls._fused_names)
+        present = [m for m in children if m is not None and type(m) is not nn.Identity]
         return any(tails.resembles_norm(a) and _is_activation(b) for a, b in pairwise(present))
 
     @classmethod
