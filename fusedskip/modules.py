@@ -65,7 +65,8 @@ class _Call:
             return
         self._counter.add_(1)
         for running, batch in self._averages:
-            running.lerp_(batch, self._counter.to(running.dtype).reciprocal())
+            # A forward that is yet to be differentiated may have saved it, as torch's own does not.
+            running.data.lerp_(batch, self._counter.to(running.dtype).reciprocal())
 
 
 def _run_and_count(
@@ -106,7 +107,7 @@ def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
 def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual: Tensor) -> Tensor:
     """`relu(bn(x) + residual_bn(residual))`, the bookkeeping of both included."""
     call, other = _Call(bn, x), _Call(residual_bn, residual)
-    is_one = call.training == other.training and bn is not residual_bn  # neither alone is frozen
+    is_one = call.training == other.training  # neither alone is frozen
     if not is_one or call.group is not None or other.group is not None:
         return call.norm(x, other.norm(residual, None, relu=False), relu=True)
     return _run_and_count(
@@ -188,8 +189,8 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     @leaf
-    def forward(self, x: Tensor) -> Tensor:
-        return apply_norm(self, x, None, relu=False)
+    def forward(self, input: Tensor) -> Tensor:  # as nn.SyncBatchNorm calls it
+        return apply_norm(self, input, None, relu=False)
 
 
 class SyncBatchNormReLU(_BatchNormReLU, SyncBatchNorm):

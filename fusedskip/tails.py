@@ -40,10 +40,13 @@ def is_of_library(function: Callable[..., Any], owner: type[nn.Module]) -> bool:
 
 
 # The forward of what is bypassed, by exact type, as it was: a patch of the class is honoured, too.
+# What knows of more NORMS or CHAINS adds theirs.
 _PLAIN: tuple[type[nn.Module], ...] = (
     nn.ReLU, nn.Identity, nn.Conv2d, *NORMS, *CHAINS, *NORM_RELUS,
 )  # fmt: skip
-_FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None for kind in _PLAIN}
+FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None for kind in _PLAIN}
+
+_CALL = nn.Module.__call__  # FX replaces it while it traces
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -81,13 +84,15 @@ class Plan(NamedTuple):
                 return module, "has hooks" if has_hooks else "has a forward of its own"
         if self.norm is not None:
             # Eager calls the whole branch first; here the shortcut's steps are ahead of its norm.
-            after = (self.shortcut_norm, *(m for step, _ in self.shortcut for m in step.modules()))
-            if any(module is self.norm for module in after):
-                return self.norm, "is in the shortcut, too"
-            if self.shortcut_norm is not None:
-                running, others = self.norm._buffers, self.shortcut_norm._buffers
-                if any(t is not None and t is others.get(name) for name, t in running.items()):
-                    return self.norm, "shares running statistics with the shortcut's norm"
+            steps = [self.shortcut_norm, *(step for step, _ in self.shortcut)]
+            after = (m for step in steps if isinstance(step, nn.Module) for m in step.modules())
+            running = self.norm._buffers.items()
+            for module in after:
+                if module is self.norm:
+                    return self.norm, "is in the shortcut, too"
+                others = module._buffers
+                if others and any(t is not None and t is others.get(n) for n, t in running):
+                    return self.norm, "shares running statistics with a norm of the shortcut"
         return None
 
 
@@ -119,7 +124,8 @@ def plan_skip(
 
 def may_run(plan: Plan, x: Tensor) -> bool:
     """Whether nothing forbids bypassing what the plan bypasses; FX is shown the single modules."""
-    return plan.obstacle() is None and not _has_any_global_hook() and isinstance(x, Tensor)
+    is_called = nn.Module.__call__ is _CALL and not _has_any_global_hook()
+    return is_called and isinstance(x, Tensor) and plan.obstacle() is None
 
 
 def kernels(plan: Plan) -> tuple[str, ...]:
@@ -221,22 +227,27 @@ def is_exactly(kind: type[nn.Module] | tuple[type[nn.Module], ...], *modules: nn
 
 
 def children(module: nn.Module, names: tuple[str, ...] | None) -> list[nn.Module | None]:
-    """The children of these names, or all of them."""
+    """The children of these names, or all of them; a function may stand for one."""
+    modules = module._modules
     if names is None:
-        return list(module._modules.values())
-    return [module._modules.get(name) for name in names]
+        return list(modules.values())
+    return [modules[name] if name in modules else module.__dict__.get(name) for name in names]
 
 
 def resembles_norm(module: nn.Module) -> bool:
     """Whether a module is a norm of whatever kind, going by its name."""
-    return type(module) not in CHAINS and "Norm" in type(module).__name__
+    kind = type(module)
+    return "Norm" in kind.__name__ and kind not in CHAINS and not issubclass(kind, nn.Sequential)
 
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nobody notices that `module.forward` is bypassed: no hooks, no patched forward."""
-    attributes, kind = module.__dict__, type(module)
-    is_patched = "forward" in attributes or kind.forward is not _FORWARDS.get(kind, kind.forward)
-    return not is_patched and not any(attributes[hooks] for hooks in _HOOKS)
+    # Of keys and lengths dynamo guards that they stay.
+    attributes = module.__dict__
+    if "forward" in attributes.keys() or any(len(attributes[hooks]) for hooks in _HOOKS):  # noqa: SIM118
+        return False
+    kind = getattr(type(module), "_fused_replaces", type(module))
+    return bool(kind.forward is FORWARDS.get(kind, kind.forward))
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:

@@ -202,6 +202,18 @@ def test_residual_that_is_x(compiled_backend, device, function):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("name", ["bn1", "relu", "bn2"])
+def test_a_child_patched_after_compiling(compiled_backend, device, name):
+    eager = torchvision.models.resnet.BasicBlock(4, 4).to(device).eval()
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    fused.compile(backend="eager", fullgraph=True)
+    x = torch.randn(2, 4, 5, 5, device=device)
+    torch.testing.assert_close(fused(x), eager(x))
+    for block in (eager, fused):
+        getattr(block, name).forward = lambda x: 2 * x.abs() + 1
+    torch.testing.assert_close(fused(x), eager(x))
+
+
 def test_parameters_that_are_one(compiled_backend, device):
     """Two norms with one weight, one of which has that for its bias, too."""
     x, residual = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, device=device)

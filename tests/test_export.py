@@ -7,6 +7,7 @@ from torch import nn
 import fusedskip
 from fusedskip import blocks
 
+from .libraries import torchvision
 from .networks import twins
 
 ONNX_OPERATORS = {"Conv", "Relu", "Add"}
@@ -102,6 +103,21 @@ def test_fx_sees_a_fused_network_as_it_was():
     assert nodes(traced.graph)[1:] == nodes(torch.fx.symbolic_trace(eager).graph)[1:]
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(traced(x), eager(x))
+
+
+def test_fx_sees_a_fused_block_of_a_constant_as_it_was():
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = torchvision.models.resnet.BasicBlock(4, 4).eval()
+            self.constant = nn.Buffer(torch.randn(2, 4, 5, 5))
+
+        def forward(self, x):
+            return x + self.block(self.constant)
+
+    model, x = Constant(), torch.randn(2, 4, 5, 5)
+    want = model(x)
+    torch.testing.assert_close(torch.fx.symbolic_trace(fusedskip.fuse(model))(x), want)
 
 
 def test_fx_sees_one_call_for_a_function_or_module():

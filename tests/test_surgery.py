@@ -395,6 +395,52 @@ def test_a_backbone_that_hands_out_its_stem(layer):
         assert_equal(ours[name].relu(), theirs[name].relu())
 
 
+def test_a_backbone_without_a_layer_that_it_was_to_hand_out():
+    getter = tv._utils.IntermediateLayerGetter
+    fused = fusedskip.fuse(getter(tv.resnet18(), {"layer1": "early", "layer4": "late"}))
+    del fused["layer4"]
+    assert isinstance(fused, Fused)
+    assert list(fused(torch.randn(2, 3, 32, 32))) == ["early"]
+
+
+def test_libraries_are_known_before_anything_is_judged():
+    """A Sequential is judged by what is inside, which may be of a library not yet seen."""
+    code = """
+import fusedskip, timm
+from torch import nn
+norm = timm.layers.BatchNormAct2d(4, apply_act=False)
+model = fusedskip.fuse(nn.Sequential(nn.Conv2d(3, 4, 1), norm, nn.ReLU()))
+assert type(model).__name__ == "FusedSequential"
+"""
+    libraries = "from tests.libraries import timm, torchvision"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", libraries + code], check=True)
+
+
+def test_a_container_of_the_name_of_a_norm():
+    class ConvNorm(nn.Sequential):
+        pass
+
+    model = nn.Sequential(
+        ConvNorm(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)), nn.ReLU(),
+        nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU(),
+    )  # fmt: skip
+    report = fusedskip.explain(model)
+    assert [row.kernels for row in report] == [("K1",)]
+    assert (report.n_covered, report.n_norms) == (1, 2)
+
+
+def test_a_norm_called_fused_and_by_itself_before_backward():
+    """Its cumulative average is updated in place twice, which no backward pass minds."""
+    norm = nn.BatchNorm2d(4, momentum=None).double()
+    fused = fusedskip.fuse(nn.Sequential(norm, nn.ReLU()))
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    (norm(x) + fused(x)).square().sum().backward()
+    twin, leaf = nn.BatchNorm2d(4, momentum=None).double(), x.detach().requires_grad_()
+    (twin(leaf) + twin(leaf).relu()).square().sum().backward()
+    torch.testing.assert_close(x.grad, leaf.grad)
+    torch.testing.assert_close(norm.state_dict(), twin.state_dict())
+
+
 def test_frozen_downsample():
     """The two norms of a tail in different modes: one normalises with running statistics."""
     torch.manual_seed(0)

@@ -225,6 +225,56 @@ def test_a_class_that_is_patched_later(monkeypatch):
     assert row.reason == "BasicBlock.forward is not the one that fusedskip knows"
 
 
+def regnet_block():
+    return tv.regnet.ResBottleneckBlock(4, 4, 1, nn.BatchNorm2d, nn.ReLU, group_width=2)
+
+
+def timm_regnet_block():
+    return timm.models.regnet.Bottleneck(4, 4, group_size=2)
+
+
+def mnasnet_block():
+    return tv.mnasnet._InvertedResidual(4, 4, 3, 1, 2)
+
+
+LOOKED_THROUGH = [
+    (regnet_block, tv.regnet.BottleneckTransform),
+    (regnet_block, torchvision.ops.misc.Conv2dNormActivation),
+    (timm_regnet_block, timm.layers.BatchNormAct2d),
+    (timm_regnet_block, timm.layers.ConvNormAct),
+    (mnasnet_block, nn.Sequential),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("make", "kind"), LOOKED_THROUGH, ids=lambda each: each.__name__)
+def test_a_class_that_is_patched_inside_a_block(make, kind, when, monkeypatch):
+    fusedskip.fuse(make())  # its library is known from then on
+    eager, x = make().double().eval(), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    fused = copy.deepcopy(eager)
+    if when == "after":
+        fusedskip.fuse(fused)
+    monkeypatch.setattr(kind, "forward", halved(kind.forward))
+    if when == "before":
+        fusedskip.fuse(fused)
+    torch.testing.assert_close(fused(x), eager(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", ["conv1", "bn1", "relu", "conv2", "bn2", "downsample"])
+def test_a_function_in_place_of_a_child(name, when):
+    eager, x = basic_block(downsample=True), torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    fused = copy.deepcopy(eager)
+    if when == "after":
+        fusedskip.fuse(fused)
+    for block in (eager, fused):
+        delattr(block, name)
+        setattr(block, name, lambda x: 2 * x + 1)
+    if when == "before":
+        fusedskip.fuse(fused)
+    torch.testing.assert_close(fused(x), eager(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "kind", ["nn.ReLU", "nn.BatchNorm2d", "nn.Sequential", "torchvision.models.resnet.BasicBlock"]
 )
@@ -294,12 +344,26 @@ def test_unfuse_refuses_a_forward_that_may_call_the_fused_one():
     assert type(fusedskip.unfuse(block)) is tv.resnet.BasicBlock
 
 
-def test_norms_that_share_running_statistics():
-    """Both would update them, one after the other."""
-    block = basic_block(downsample=True).train()
+def test_unfuse_refuses_another_method_that_may_call_the_fused_one(resnet):
+    fusedskip.fuse(resnet)
+    forward = resnet._forward_impl
+    resnet._forward_impl = lambda x: 2 * forward(x)
+    row = fusedskip.explain(resnet).rows[0]
+    assert (row.fused, row.reason) == (False, "it has a _forward_impl of its own")
+    with pytest.raises(ValueError, match=r"\(the model\) has got a _forward_impl of its own"):
+        fusedskip.unfuse(resnet)
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["another", "last"])
+def test_norms_that_share_running_statistics(index):
+    """Both would update them, one after the other; eager calls the whole branch first."""
+    block = basic_block(downsample=True)
+    block.downsample = nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    block.double().train()
     for name in ("running_mean", "running_var"):
-        setattr(block.downsample[1], name, getattr(block.bn2, name))
-    with pytest.raises(ValueError, match="bn2 shares running statistics with the shortcut's norm"):
+        setattr(block.downsample[2 * index], name, getattr(block.bn2, name))
+    text = "bn2 shares running statistics with a norm of the shortcut"
+    with pytest.raises(ValueError, match=text):
         fusedskip.fuse(copy.deepcopy(block), strict=True)
     fused, x = fusedskip.fuse(copy.deepcopy(block)), torch.randn(2, 4, 5, 5, dtype=torch.float64)
     assert torch.equal(fused(x), block(x))

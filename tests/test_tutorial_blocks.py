@@ -510,6 +510,17 @@ class TestSkipConnectionRNN:
         for got in (gradients(padded), packed):
             torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
+    def test_under_autocast(self, block, sequences):
+        """The LSTM gives bf16, and the sequences stay what they are, as torch.cat has it."""
+        block.float()
+        x = torch.randn(2, 4, 5)
+        with torch.autocast("cpu", torch.bfloat16):
+            whole = block(x)
+            for lengths in (torch.tensor([4, 4]), torch.tensor([4, 4], dtype=torch.uint8)):
+                padded = block(x, lengths)
+                assert padded.dtype == whole.dtype == torch.float32
+                torch.testing.assert_close(padded, whole, rtol=1e-2, atol=1e-2)
+
     def test_errors(self, block, sequences):
         x = torch.randn(2, 4, 5).double()
         with pytest.raises(ValueError, match=r"x: expected shape \(N, L, 5\), got \(2, 4, 6\)"):

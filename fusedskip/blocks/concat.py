@@ -206,5 +206,6 @@ class SkipConnectionRNN(nn.Module):
 
 def _put_behind(x: Tensor, lengths: Tensor, skip: Tensor) -> Tensor:
     """Padded sequences `(N, L + 1, C)`: those of `x`, each followed by its row of `skip`."""
-    index = lengths.to(x.device).view(-1, 1, 1).expand(-1, 1, x.shape[2])
-    return F.pad(x, (0, 0, 0, 1)).scatter(1, index, skip.unsqueeze(1))
+    dtype = torch.promote_types(x.dtype, skip.dtype)  # as torch.cat does under autocast
+    index = lengths.to(x.device, torch.long).view(-1, 1, 1).expand(-1, 1, x.shape[2])
+    return F.pad(x, (0, 0, 0, 1)).to(dtype).scatter(1, index, skip.to(dtype).unsqueeze(1))

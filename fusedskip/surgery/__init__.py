@@ -150,9 +150,9 @@ def unfuse(model: Model) -> Model:
                 f"{name or '(the model)'} has become a {type(module).__name__} since it was fused: "
                 "what did that, a parametrization or fully_shard, is to be taken back first"
             )
-        if "forward" in module.__dict__:
+        if (patched := module._fused_patched(module)) is not None:
             raise ValueError(
-                f"{name or '(the model)'} has got a forward of its own since it was fused, which "
+                f"{name or '(the model)'} has got a {patched} of its own since it was fused, which "
                 "may call the fused one: that is to be taken back first"
             )
     for module in fused.values():
@@ -169,6 +169,10 @@ def explain(model: nn.Module) -> Report:
 
 
 def _candidates(model: nn.Module) -> list[_Candidate]:
+    # First: a library may know of norms and chains that are inside what belongs to another.
+    for module in model.modules():
+        for base in type(module).__mro__:
+            _load(base.__module__.partition(".")[0])
     found = (_candidate(module, name) for name, module in model.named_modules())
     return [candidate for candidate in found if candidate is not None]
 
@@ -176,12 +180,10 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
 def _candidate(module: nn.Module, name: str) -> _Candidate | None:
     if isinstance(module, jit.ScriptModule):
         return _scripted(module, name)
-    for base in type(module).__mro__:
-        _load(base.__module__.partition(".")[0])
     known = next((base for base in type(module).__mro__ if base in FUSED), None)
     if known is None:
         return None
-    if type(module).__module__.startswith("fusedskip.blocks"):
+    if any(base.__module__.startswith("fusedskip.blocks") for base in type(module).__mro__):
         return None  # it fuses what it can by itself
     cls, type_name = FUSED[known], known.__name__
     try:

@@ -63,6 +63,11 @@ class Fused(nn.Module):
         raise RuntimeError("a fused module cannot be scripted: fusedskip.unfuse(model) before")
 
     @classmethod
+    def _fused_patched(cls, module: nn.Module) -> str | None:
+        """A method that `module` has got for itself, behind which that of `cls` is not called."""
+        return next((m for m in ("forward", *cls._fused_methods) if m in module.__dict__), None)
+
+    @classmethod
     def _fused_applies(cls, module: nn.Module) -> bool:
         """Whether `module`, a `_fused_replaces` or already fused, has a tail at all."""
         return True
@@ -79,15 +84,15 @@ class Fused(nn.Module):
             return changed
         if not cls._fused_applies(module):
             return "it has no tail any more"
-        if "forward" in module.__dict__:
-            return "it has a forward of its own"
+        if (patched := cls._fused_patched(module)) is not None:
+            return f"it has a {patched} of its own"
         if _has_any_global_hook():
             return "torch has a global module hook"
         plan = cls._fused_plan_of(module)
         if (obstacle := plan.obstacle()) is not None:
             culprit, reason = obstacle
             names = {child: name for name, child in module.named_modules()}
-            return f"{names[culprit] or 'it'} {reason}"
+            return f"{names.get(culprit) or 'it'} {reason}"
         if not tails.kernels(plan):
             return f"no kernel computes {_activations(module)}"
         return None
@@ -104,7 +109,9 @@ class FusedChain(Fused):
     def __init_subclass__(cls, **fingerprints: str) -> None:
         super().__init_subclass__(**fingerprints)
         if fingerprints and cls._fused_changed() is None:
-            tails.CHAINS[cls] = tails.CHAINS[cls._fused_replaces] = cls._fused_names
+            replaced = cls._fused_replaces
+            tails.CHAINS[cls] = tails.CHAINS[replaced] = cls._fused_names
+            tails.FORWARDS[replaced] = replaced.forward
 
     @classmethod
     def _fused_applies(cls, module: nn.Module) -> bool:
@@ -144,7 +151,7 @@ class FusedSkip(Fused):
     @classmethod
     def _fused_plan_of(cls, module: nn.Module) -> Plan:
         branch = tails.children(module, cls._fused_branch)
-        act = None if cls._fused_act is None else module._modules[cls._fused_act]
+        (act,) = (None,) if cls._fused_act is None else tails.children(module, (cls._fused_act,))
         plan = tails.plan_skip(branch, tails.children(module, cls._fused_shortcut), act)
         # What the library calls a norm must be one: it may have been folded into a convolution.
         for name, child in zip(cls._fused_branch, branch, strict=True):

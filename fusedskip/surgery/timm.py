@@ -42,6 +42,7 @@ class FusedBatchNormAct2d(Fused, BatchNormAct2d, forward="aab01662c2e6"):
 
 if FusedBatchNormAct2d._fused_changed() is None:
     tails.NORMS[BatchNormAct2d] = _is_norm_alone
+    tails.FORWARDS[BatchNormAct2d] = BatchNormAct2d.forward
 
 
 class _FusedConv(FusedChain):

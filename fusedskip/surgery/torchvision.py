@@ -116,13 +116,14 @@ class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b028
     def _finds_layers(module: Any, plan: Plan) -> bool:
         """Whether no layer that is handed out is a norm without its ReLU, or was passed over."""
         results = [last if relu is None else relu for last, relu in plan.branch]
-        return all(module[name] in results for name in module.return_layers)
+        return all(m in results for name, m in module.items() if name in module.return_layers)
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         plan = self._fused_plan_of(self)
         if not self._may_run(plan, x) or not self._finds_layers(self, plan):
             return super().forward(x)
-        names = {self[name]: out_name for name, out_name in self.return_layers.items()}
+        layers = self.return_layers
+        names = {module: layers[name] for name, module in self.items() if name in layers}
         out = OrderedDict()
         for last, relu in plan.branch:
             x = tails.run_steps([(last, relu)], x)
