@@ -67,19 +67,13 @@ bench-compare: build  ## the working tree's speed over that of BASE=ref, with it
 readme: $(INSTALLED)  ## rewrite the README's tables and plots from benchmarks/results
 	python -m benchmarks.report --readme README.md $(sort $(wildcard $(RESULTS)/*.json))
 
-# Without .venv and network: $(PYTHON) holds torch, and the package is installed there, editable. Tune
-# what `make gpu` has built.
-gpu: OUT ?= gpu-results
-gpu:  ## build, test and measure on this machine's GPU; OUT=dir is where the results go
-	$(PYTHON) -m benchmarks.gpu '$(OUT)'
+# Without .venv and network: $(PYTHON) holds torch, and the package is installed there, editable.
+gpu tune: OUT ?= gpu-results
+gpu:  ## build, test and measure on this machine's GPU into OUT=dir; PARTS=... takes some alone
+	$(PYTHON) -m benchmarks.gpu '$(OUT)' $(if $(PARTS),--parts $(PARTS))
 
-tune: OUT ?= gpu-results
-tune: BATCH ?= 64
-tune:  ## measure on this machine's GPU where one launch beats two, BATCH images at a time
-	mkdir -p '$(OUT)'
-	$(PYTHON) -m pytest benchmarks/bench_ops.py --launches --batch=$(BATCH) -W default -q \
-	    --benchmark-enable --benchmark-only --benchmark-max-time=0.1 \
-	    --benchmark-json='$(OUT)/launches-$(BATCH).json'
+tune:  ## measure on this machine's GPU where one launch beats two
+	$(PYTHON) -m benchmarks.gpu '$(OUT)' --parts tune-64 tune-256
 
 choices: $(INSTALLED)  ## rewrite csrc/cuda/measured.h from what `make tune` measured
 	python -m benchmarks.choices csrc/cuda/measured.h $(wildcard $(RESULTS)/launches/*.json)

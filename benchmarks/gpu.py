@@ -1,11 +1,13 @@
 """`make gpu`: build, test, sanitize and measure on this machine's GPU, and sum it up in Markdown.
 
 It takes the Python that holds torch, and no network. A part that fails does not stop the next, and
-`summary.md` is written anew after each: what was done is there however the run ends.
+`summary.md` is written anew after each: what was done is there however the run ends. `--parts`
+leaves out all others but for the build, where there is time for some alone.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -26,12 +28,15 @@ from benchmarks import report
 ROOT = Path(__file__).parent.parent
 BACKENDS = "import fusedskip; print(*fusedskip.available_backends())"
 LEVELS = "ops", "overhead", "blocks", "models"
+BUILD = "install", "build", "backends"
+TUNE = "tune-64", "tune-256"  # by the batch size
+PARTS = "tests", "memcheck", "racecheck", "benchmarks", "one-launch", *TUNE
 # Seconds of its limit in which a part that is out of time may say how far it came: xdist waits ten
 # for its workers first.
 GRACE = 25
 # What has nothing on a GPU: `make test` runs it anywhere.
 WITHOUT_GPU = (
-    "architecture", "benchmarks", "cuda_*", "distributed", "export", "report", "surgery",
+    "architecture", "benchmarks", "cuda_*", "distributed", "export", "report", "surgery*",
     "triton_*", "wheel",
 )  # fmt: skip
 
@@ -80,7 +85,7 @@ class Part:
 
 
 def plan(out: Path) -> list[Part]:
-    """The parts in their order. Their limits make nine minutes."""
+    """The parts in their order. Nine minutes are the limit of all but tuning, and of that alone."""
     no_gpu = None if torch.cuda.is_available() else "no CUDA device"
     cores = workers = len(os.sched_getaffinity(0))
     build = {"FUSEDSKIP_BUILD": "auto", "MAX_JOBS": str(cores)}
@@ -91,10 +96,19 @@ def plan(out: Path) -> list[Part]:
     folders = os.environ["PATH"], f"{CUDA_HOME}/bin", f"{CUDA_HOME}/compute-sanitizer"
     sanitizer = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
     no_sanitizer = None if sanitizer else "compute-sanitizer is not installed"
+    # Warnings here are of other versions than those that the project is developed with.
+    pytest_options = {"PYTEST_ADDOPTS": "-W default"}
 
     def part(name, log, limit, command, obstacle=None, **environment):
         argv = [sys.executable, *shlex.split(command)]
         return Part(name, out / log, limit, argv, environment, obstacle)
+
+    def benchmark(name, log, limit, options) -> Part:
+        # With names: the log says which one hangs.
+        return part(
+            name, log, limit,
+            f"-m pytest -v --benchmark-enable --benchmark-only {options}", no_gpu, **pytest_options,
+        )  # fmt: skip
 
     def sanitize(tool: str) -> Part:
         # No caching: each tensor is an allocation of its own, and a read beyond it is seen.
@@ -106,34 +120,56 @@ def plan(out: Path) -> list[Part]:
         sanitized.command[:0] = [str(sanitizer), *options.split()]
         return sanitized
 
-    # Warnings here are of other versions than those that the project is developed with.
-    pytest_options = {"PYTEST_ADDOPTS": "-W default"}
+    # Of a kernel that hangs, and all that its process has yet to run.
+    has_timeout = importlib.util.find_spec("pytest_timeout")
+    timeout = "--timeout=120 --timeout-method=thread" if has_timeout else ""
+    folder = shlex.quote(str(out))
+    levels = " ".join(f"benchmarks/bench_{level}.py" for level in LEVELS)
     ignored = " ".join(f"--ignore-glob=*/test_{name}.py" for name in WITHOUT_GPU)
     return [
         part(
-            "install", "build.txt", 40,
+            "install", "build.txt", 65,
             "-m pip install --quiet --no-index --no-deps --no-build-isolation --editable .",
             FUSEDSKIP_BUILD="none", PIP_DISABLE_PIP_VERSION_CHECK="1",
         ),
-        part("build", "build.txt", 90, "setup.py --quiet build_ext --inplace --force", **build),
+        part("build", "build.txt", 65, "setup.py --quiet build_ext --inplace --force", **build),
         part("backends", "build.txt", 40, f"-c {shlex.quote(BACKENDS)}"),
         # Line by line, so that the log has it even if time is up.
         part(
             "tests", "tests.txt", 140,
-            f"-m pytest tests -n {workers} --dist=worksteal -v {ignored}", no_gpu,
-            OMP_NUM_THREADS="1", FUSEDSKIP_TEST_BACKENDS="cuda triton", **pytest_options,
+            f"-m pytest tests -n {workers} --dist=loadgroup -v --tb=short {timeout} {ignored}",
+            no_gpu, OMP_NUM_THREADS="1", FUSEDSKIP_TEST_BACKENDS="cuda triton", **pytest_options,
         ),
         sanitize("memcheck"),
         sanitize("racecheck"),
-        part(
-            "benchmarks", "bench.txt", 150,
-            # Models last: Inductor takes the longest for them, and what came before is kept.
-            f"-m pytest {' '.join(f'benchmarks/bench_{level}.py' for level in LEVELS)} "
-            "--benchmark-enable --benchmark-only --benchmark-max-time=0.2 "
-            f"--benchmark-json={shlex.quote(str(out))}/bench.json", no_gpu,
-            **pytest_options,
+        benchmark(
+            "benchmarks", "bench.txt", 120,
+            f"{levels} -k 'not cuda_on_chip' --benchmark-max-time=0.2 "
+            f"--benchmark-json={folder}/bench.json",
+        ),
+        # By themselves: blocks that wait for each other in vain would take all figures with them.
+        benchmark(
+            "one-launch", "bench.txt", 30,
+            f"{levels} -k cuda_on_chip --benchmark-max-time=0.2 "
+            f"--benchmark-json={folder}/one-launch.json",
+        ),
+        *(
+            benchmark(
+                name, "tune.txt", 185,
+                f"benchmarks/bench_ops.py --launches --batch={name.removeprefix('tune-')} "
+                f"--benchmark-max-time=0.1 --benchmark-json={folder}/launches-{name[5:]}.json",
+            )
+            for name in TUNE
         ),
     ]  # fmt: skip
+
+
+def merged(paths: tuple[Path, ...]) -> dict | None:
+    """The benchmarks of these files, as one; None where there are none."""
+    measured = [json.loads(p.read_text()) for p in paths if p.exists() and p.stat().st_size]
+    for more in measured[1:]:
+        measured[0]["benchmarks"] += more["benchmarks"]
+    return measured[0] if measured else None
 
 
 def output_of(*command: str) -> str:
@@ -185,10 +221,14 @@ def main() -> int:
     """Run all parts; 1 if one failed, or could not run for want of a GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for the results, replacing earlier ones")
-    out = parser.parse_args().out.resolve()
+    everything = [name for name in PARTS if name not in TUNE]
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=everything)
+    options = parser.parse_args()
+    out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    measured, parts, facts = out / "bench.json", plan(out), machine()
-    for path in {measured, *(part.log for part in parts)}:
+    parts = [part for part in plan(out) if part.name in (*BUILD, *options.parts)]
+    facts, files = machine(), (out / "bench.json", out / "one-launch.json")
+    for path in {*files, *(part.log for part in parts)}:
         path.unlink(missing_ok=True)
     for name in ("TRITON_INTERPRET", "FUSEDSKIP_BACKEND"):  # each test names its own backend
         os.environ.pop(name, None)
@@ -204,10 +244,12 @@ def main() -> int:
         deadline += part.limit
         part.run(deadline)
         text = summary(facts, parts, [])
-        if measured.exists() and measured.stat().st_size:
-            benchmarks = json.loads(measured.read_text())
-            text = summary(facts, parts, report.results_of(benchmarks)) + report.missing(benchmarks)
+        if measured := merged(files):
+            text = summary(facts, parts, report.results_of(measured)) + report.missing(measured)
         (out / "summary.md").write_text(text)
+    if measured:
+        files[0].write_text(json.dumps(measured))
+        files[1].unlink(missing_ok=True)
     print(f"\n{text}\nAll of it is in {out}.")
     if not torch.cuda.is_available():
         print("There is no CUDA device: tests, sanitizers and benchmarks were not run.")

@@ -20,9 +20,10 @@ COLUMNS = {
     "floor_share": ("of floor", "{:.0%}"),
     "speed": ("vs eager", "{:.2f}"),
     "vs_compile": ("vs compile", "{:.2f}"),
+    "launched": ("as", "{}"),
 }
 CPU_COLUMNS = ("ms", "gb_s", "copy_share", "over_floor", "speed")
-GPU_COLUMNS = ("us", "gb_s", "copy_share", "speed", "vs_compile")
+GPU_COLUMNS = ("us", "gb_s", "copy_share", "speed", "vs_compile", "launched")
 CASE = ("function", "shape", "layout", "dtype", "passes")
 MARKS = "<!-- speed: `make readme` writes what follows -->\n", "<!-- end of speed -->\n"
 

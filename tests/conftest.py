@@ -30,9 +30,32 @@ settings.register_profile(
 settings.load_profile("fusedskip")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for groups, too
 def pytest_collection_modifyitems(items):
-    """First what needs a GPU most: `make gpu` may run out of time."""
-    items.sort(key=lambda item: item.path.name not in ("test_gpu.py", "test_on_chip.py"))
+    """First what needs a GPU most: `make gpu` may run out of time.
+
+    And before that what one test at a time has room for: a worker of its own begins with it.
+    """
+
+    def place(item):
+        needs_much = "much_memory" in item.fixturenames
+        if needs_much:
+            item.add_marker(pytest.mark.xdist_group("much_memory"))
+        return not needs_much, item.path.name not in ("test_gpu.py", "test_on_chip.py")
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A kernel's bad access spoils all that its process does on the GPU: xdist starts another."""
+    reported = yield
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            os._exit(1)
+    return reported
 
 
 @pytest.fixture(params=map(parameter, BACKENDS))

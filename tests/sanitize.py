@@ -65,7 +65,7 @@ def main():
                 run(problem)
         if backend != "cpu":
             torch.cuda.synchronize()
-        print(f"{backend}{', one launch' if one_launch else ''}: {len(problems)} steps")
+        print(f"{backend}{', one launch' if one_launch else ''}: {len(problems)} steps", flush=True)
 
 
 if __name__ == "__main__":

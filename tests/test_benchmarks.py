@@ -97,6 +97,25 @@ def test_part_of_make_gpu(tmp_path):
     assert run("import time; time.sleep(60)", seconds=0.5).result == "failed: out of time"
 
 
+def test_benchmarks_of_make_gpu_in_two_files(tmp_path):
+    """Either may be missing, or empty where a kernel has hung."""
+    paths = tuple(tmp_path / name for name in ("bench.json", "one-launch.json"))
+    assert gpu.merged(paths) is None
+    for number, path in enumerate(paths):
+        path.write_text(json.dumps({"machine_info": number, "benchmarks": [number]}))
+    assert gpu.merged(paths) == {"machine_info": 0, "benchmarks": [0, 1]}
+    paths[0].write_text("")
+    assert gpu.merged(paths) == {"machine_info": 1, "benchmarks": [1]}
+
+
+def test_parts_of_make_gpu(tmp_path):
+    """Each has a name of its own, and nine minutes are enough for a run."""
+    parts = {part.name: part for part in gpu.plan(tmp_path)}
+    assert tuple(parts) == (*gpu.BUILD, *gpu.PARTS)
+    for left_out in (gpu.TUNE, set(gpu.PARTS) - set(gpu.TUNE)):
+        assert sum(part.limit for name, part in parts.items() if name not in left_out) <= 540
+
+
 def test_summary_of_make_gpu(tmp_path):
     log = tmp_path / "tests.txt"
     log.write_text(

@@ -140,7 +140,7 @@ def test_launched_as_intended():
             "batch_norm_add_relu", shape, torch.bfloat16, "channels_last", "cuda"
         )
         with fusedskip.use_backend("cuda"), backends.on_chip(on_chip):
-            call(problem, **problem.buffers())
+            call(problem, **problem.leaves(), **problem.buffers())
         return extension.cuda_launched()
 
     assert launched((64, 2048, 7, 7), True) == "one launch, in clusters"

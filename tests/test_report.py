@@ -66,11 +66,17 @@ def test_choices_of_a_measured_pass(tmp_path):
     assert not bench_ops.usual(*case, runners.TWO_LAUNCHES)
     shown = dict(zip(bench_ops.NAMES, case, strict=False), shape="64x512x28x28")
     benchmarks = [
-        {"fullname": "benchmarks/bench_ops.py::bench_op", "extra_info": shown | result}
+        {
+            "fullname": "benchmarks/bench_ops.py::bench_op",
+            "extra_info": shown | {"launched": "one launch"} | result,
+        }
         for result in (
             {"runner": runners.ON_CHIP, "speed": 3.0},
             {"runner": runners.TWO_LAUNCHES, "speed": 2.0},
             {"runner": runners.ON_CHIP, "speed": 3.0, "dtype": "fp32"},  # interrupted
+            # Where there is no room for one launch both are two, and differ by chance.
+            {"runner": runners.ON_CHIP, "speed": 2.1, "layout": "nchw", "launched": "two launches"},
+            {"runner": runners.TWO_LAUNCHES, "speed": 2.0, "layout": "nchw"},
         )
     ]
     measured = {"machine_info": {"architecture": 90}, "benchmarks": benchmarks}
