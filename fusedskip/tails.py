@@ -242,12 +242,14 @@ def resembles_norm(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether nobody notices that `module.forward` is bypassed: no hooks, no patched forward."""
-    # Of keys and lengths dynamo guards that they stay.
-    attributes = module.__dict__
-    if "forward" in attributes.keys() or any(len(attributes[hooks]) for hooks in _HOOKS):  # noqa: SIM118
-        return False
-    kind = getattr(type(module), "_fused_replaces", type(module))
-    return bool(kind.forward is FORWARDS.get(kind, kind.forward))
+    attributes, kind = module.__dict__, type(module)
+    for hooks in _HOOKS:
+        if len(attributes[hooks]):
+            return False
+    kind = getattr(kind, "_fused_replaces", kind)
+    forward = kind.forward
+    # Of keys, dynamo guards that none is added.
+    return "forward" not in attributes.keys() and forward is FORWARDS.get(kind, forward)  # noqa: SIM118
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:
@@ -305,7 +307,8 @@ def _pair(
             if relu is None and resembles_norm(last):
                 steps[-1] = last, module
                 norms.append(last)
-                bypassed.append(module)
+                if module not in bypassed:
+                    bypassed.append(module)
                 continue
         steps.append((module, None))
     return steps
