@@ -74,7 +74,7 @@ class BiasAddReLU(torch.autograd.Function):
         # x only matters to the gradient of a weight, and there is none.
         if _is_differentiated(dout):
             dx = _gated(ctx.backend, dout, dout, mask, None, bias, mean, rstd)
-            dbias = dx.transpose(0, 1).flatten(1).sum(1, dtype=ctx.bias_dtype)
+            dbias = dx.sum((0, *range(2, dx.dim())), dtype=ctx.bias_dtype)
         else:
             dx, _, _, dbias = KERNELS[ctx.backend].batch_norm_backward(
                 dout, dout, mask, None, bias, mean, rstd, False, True,
@@ -131,7 +131,7 @@ class BatchNorm(torch.autograd.Function):
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         dout = strided(dout, ctx.strides)
         # Of what was not saved no result depends on the values.
-        x = dout.detach() if x is None else strided(x, ctx.strides)
+        x = dout if x is None else strided(x, ctx.strides)
         bias = bias if ctx.recomputes_gate else _like_bias(mean, ctx.bias_dtype)
         if _is_differentiated(dout):
             dresidual = dout
@@ -182,6 +182,7 @@ class CatBatchNormReLU(torch.autograd.Function):
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.training, ctx.n_skip, ctx.backend = training, n_skip, backend
+        ctx.strides = dense_x.stride()
         return out
 
     @staticmethod
@@ -195,9 +196,9 @@ class CatBatchNormReLU(torch.autograd.Function):
                 x, weight, mean, rstd, ctx.training, (need_x, need_weight, need_bias),
             )  # fmt: skip
         else:
-            dense_x = dense(x)
             dx, _, dweight, dbias = KERNELS[ctx.backend].batch_norm_backward(
-                laid_out_like(dnorm, dense_x), dense_x, None, weight, bias, mean, rstd,
+                strided(dnorm, ctx.strides), strided(x, ctx.strides), None,
+                weight, bias, mean, rstd,
                 ctx.training, True, need_x, False, need_weight or need_bias,
             )  # fmt: skip
         return (
@@ -254,9 +255,7 @@ class DualBatchNorm(torch.autograd.Function):
         needed = ctx.needs_input_grad[:6]
         need_x, need_residual, *need_parameters = needed
         dout = strided(dout, ctx.strides)
-        x, residual = (
-            dout.detach() if t is None else strided(t, ctx.strides) for t in (x, residual)
-        )
+        x, residual = (dout if t is None else strided(t, ctx.strides) for t in (x, residual))
         if _is_differentiated(dout):
             # The mask alone says what passes.
             g = _gated(ctx.backend, dout, dout, mask, None, None, mean[0], rstd[0])

@@ -3,13 +3,12 @@
 import torch
 from torch import Tensor
 
-# The dtypes of activations, and which of parameters and buffers go with them.
-_DTYPES = {
-    torch.float64: (torch.float64,),
-    torch.float32: (torch.float32,),
-    torch.bfloat16: (torch.bfloat16, torch.float32),
-    torch.float16: (torch.float16, torch.float32),
-}
+_DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def _dtypes_of_vectors(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Those of the parameters and buffers that go with activations of a dtype."""
+    return (dtype,) if dtype in _DTYPES[:2] else (dtype, torch.float32)
 
 
 def check_activation(x: Tensor) -> None:
@@ -75,8 +74,8 @@ def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
             f"{name}: expected shape ({x.shape[1]},) for x of shape {tuple(x.shape)}, "
             f"got {tuple(vector.shape)}"
         )
-    if vector.dtype not in _DTYPES[x.dtype]:
-        expected = " or ".join(str(dtype) for dtype in _DTYPES[x.dtype])
+    if vector.dtype not in (dtypes := _dtypes_of_vectors(x.dtype)):
+        expected = " or ".join(map(str, dtypes))
         return TypeError(
             f"{name}: expected dtype {expected} for x of {x.dtype}, got {vector.dtype}"
         )
@@ -85,7 +84,7 @@ def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
 
 def check_channel_vectors(x: Tensor, **vectors: Tensor | None) -> None:
     """Raise `TypeError` or `ValueError` unless each is one number a channel of `x`, or None."""
-    channels, device, dtypes = x.shape[1:2], x.device, _DTYPES[x.dtype]
+    channels, device, dtypes = x.shape[1:2], x.device, _dtypes_of_vectors(x.dtype)
     for name, vector in vectors.items():
         if vector is not None and not (
             isinstance(vector, Tensor)
@@ -103,6 +102,10 @@ def check_channels(x: Tensor) -> None:
         raise ValueError(f"x: expected at least 2 dimensions (N, C, *), got shape {tuple(x.shape)}")
 
 
+def _names(prefix: str) -> str:
+    return f"{prefix}running_mean, {prefix}running_var"
+
+
 def check_statistics(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -110,19 +113,19 @@ def check_statistics(
     eps: float,
     prefix: str = "",
 ) -> None:
-    """Raise `ValueError` unless there are the statistics that the mode needs."""
-    if (running_mean is None) != (running_var is None):
-        names = f"{prefix}running_mean, {prefix}running_var"
-        raise ValueError(f"{names}: expected both or neither")
+    """Raise `ValueError` unless there are the statistics that the mode needs, and no others."""
+    if running_mean is None or running_var is None:
+        if running_mean is not running_var:
+            raise ValueError(f"{_names(prefix)}: expected both or neither")
+        if not training:
+            raise ValueError(f"{_names(prefix)}: expected tensors when not training")
+    elif (running_mean.requires_grad or running_var.requires_grad) and torch.is_grad_enabled():
+        raise ValueError(f"{_names(prefix)}: expected tensors that require no gradient")
     if training:
         if eps <= 0:
             raise ValueError(f"{prefix}eps: expected a positive number when training, got {eps}")
-    else:
-        if eps < 0:
-            raise ValueError(f"{prefix}eps: expected a number not below 0, got {eps}")
-        if running_mean is None:
-            names = f"{prefix}running_mean, {prefix}running_var"
-            raise ValueError(f"{names}: expected tensors when not training")
+    elif eps < 0:
+        raise ValueError(f"{prefix}eps: expected a number not below 0, got {eps}")
 
 
 def check_batch_norm(

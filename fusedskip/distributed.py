@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fusedskip import backends, reference
 from fusedskip.backends import KERNELS
@@ -100,8 +99,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        # Not `once_differentiable`: that lets constant gradients through, and drops their terms.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("fusedskip: a synchronised norm cannot be differentiated twice")
         x, mask, weight, bias, mean, rstd, count = ctx.saved_tensors
         need_x, need_residual, _, _, need_weight, need_bias = ctx.needs_input_grad[:6]
         stages = _stages(ctx.backend, x)

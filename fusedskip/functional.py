@@ -380,7 +380,8 @@ def _choose(
     else:
         plain = torch._C._is_tracing()
     plain = plain or (type(x) is not Tensor and _is_distributed(x))
-    if plain or x.numel() == 0 or _is_transformed():
+    # The level is read here, too, where dynamo guards on it.
+    if plain or x.numel() == 0 or _is_transformed() or forward_ad._current_level >= 0:
         return "eager"
     return backend if are_contiguous(vectors) else "eager"
 

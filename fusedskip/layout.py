@@ -45,7 +45,13 @@ def laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def strided(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
-    """`tensor`, or a copy of it with these strides."""
+    """`tensor`, or a copy of it with these strides, those of a dense tensor."""
+    if torch.compiler.is_compiling():
+        # Without a look at those of `tensor`: a gradient has none while dynamo traces, which, asked
+        # for them, would have every gradient of the graph copied to be contiguous.
+        if len(strides) < 3 or strides[1] != 1:
+            return tensor.contiguous()
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
     if tensor.stride() == strides or all(
         size == 1 or have == want
         for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)

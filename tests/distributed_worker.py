@@ -138,6 +138,18 @@ def frozen_input():
     return {"dweight": norm.weight.grad, "dbias": norm.bias.grad}
 
 
+def second_derivative():
+    """Refused, also where the gradient is a constant and nothing would miss its terms."""
+    norm = norm_of(fusedskip.SyncBatchNormReLU)
+    x, _, dout = map(mine, whole_batch())
+    loss = (norm(x.requires_grad_()) * dout).sum()
+    try:
+        torch.autograd.grad(loss, x, create_graph=True)
+    except RuntimeError as error:
+        return str(error) == "fusedskip: a synchronised norm cannot be differentiated twice"
+    return False
+
+
 def images():
     return torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(2)).double()
 
@@ -234,6 +246,7 @@ SCENARIOS = {
     "evaluation": evaluation,
     "group of one": group_of_one,
     "frozen input": frozen_input,
+    "second derivative": second_derivative,
     "ddp synchronised": ddp_synchronised,
     "ddp synchronised, no_sync": lambda: ddp_synchronised(accumulate=2),
     "converted by torch": converted_by_torch,

@@ -7,6 +7,7 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 
 import fusedskip
 from fusedskip import blocks
@@ -200,6 +201,32 @@ def test_residual_that_is_x(compiled_backend, device, function):
         run_tail(leaf).square().sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
+def test_backward_copies_nothing(compiled_backend, device, function, layout):
+    """Gradients come as they are laid out, and are not asked how: but for the part that `cat` has.
+
+    A stride asked of one while tracing would have dynamo make all of them contiguous.
+    """
+    problem = make_problem(function, (2, 8, 4, 6), torch.float32, layout, device)
+    graphs, leaves = Graphs(), problem.leaves()
+    compiled = torch.compile(lambda x: call(problem, **leaves | x), backend=graphs, fullgraph=True)
+    out = compiled({"x": leaves["x"]})
+    torch.autograd.grad(out, list(leaves.values()), problem.dout)
+    copies = [op for op in graphs.backward[0] if op._opname in ("clone", "copy", "copy_")]
+    assert len(copies) == (function == CAT)
+
+
+def test_tangents_of_a_function_compiled_without_them(compiled_backend, device):
+    x, tangent = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64, device=device)
+    compiled = torch.compile(fusedskip.add_relu, backend="aot_eager")
+    compiled(x, x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        got = forward_ad.unpack_dual(compiled(dual, dual)).tangent
+    torch.testing.assert_close(got, torch.where(x > 0, 2 * tangent, 0))
 
 
 @pytest.mark.parametrize("name", ["bn1", "relu", "bn2"])

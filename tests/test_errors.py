@@ -162,6 +162,18 @@ def test_channel_vectors(function, name):
     )
 
 
+@pytest.mark.parametrize("name", BUFFERS)
+@pytest.mark.parametrize("function", [*NORMS, CAT])
+def test_running_statistics_that_require_a_gradient(function, name):
+    if name not in arguments_of(function):
+        return
+    prefix = "residual_" if name.startswith("residual_") else ""
+    text = f"{prefix}running_mean, {prefix}running_var: expected tensors that require no gradient"
+    for training in (True, False):
+        problem = make_problem(function, SHAPE, training=training)
+        assert_refused(problem, ValueError, text, **{name: torch.ones(3, requires_grad=True)})
+
+
 @pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_running_statistics(function):
     prefixes = ["", "residual_"] if function == "dual_batch_norm_add_relu" else [""]

@@ -35,6 +35,26 @@ def test_gradcheck(backend, device, function, layout, training, affine):
         assert torch.autograd.gradgradcheck(of_leaves, tuple(leaves.values()))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_batched_gradients(backend, device, function, training):
+    """As `autograd.functional.jacobian(vectorize=True)` asks for them, of frozen norms, too."""
+    problem = make_problem(function, (2, 3, 2, 3), torch.float64, device=device, training=training)
+    leaves = problem.leaves()
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(not name.endswith("weight"))
+    wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    douts = torch.stack([problem.dout, -2 * problem.dout])
+    batched, single = (
+        torch.autograd.grad(
+            call(problem, **leaves, **problem.buffers()), wanted, dout, is_grads_batched=batched
+        )
+        for dout, batched in ((douts, True), (problem.dout, False))
+    )
+    for both, one in zip(batched, single, strict=True):
+        torch.testing.assert_close(both, torch.stack([one, -2 * one]))
+
+
 def penalised(problem):
     """The gradients of a problem, and those of their squared norm: a gradient penalty."""
     leaves = problem.leaves()
