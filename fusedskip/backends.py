@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -153,3 +153,24 @@ def select(x: Tensor) -> str:
     device = x.device
     name: str = _select(_active, device.type, device.index)
     return name
+
+
+def take_vectors(vectors: Iterable[Tensor | None]) -> bool:
+    """Whether kernels take these parameters and running statistics; if not, a warning says so."""
+    for vector in vectors:
+        if vector is not None and not vector.is_contiguous():
+            warn_of_eager("where parameters or running statistics are not contiguous")
+            return False
+    return True
+
+
+# Called by dynamo while it traces, into which a warning has no way.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def warn_of_eager(where: str) -> None:
+    """Say, once, where calls run eagerly."""
+    _warn_once(where)
+
+
+@cache
+def _warn_once(where: str) -> None:
+    warnings.warn(f"fusedskip runs eagerly {where}", stacklevel=3)

@@ -14,7 +14,6 @@ from torch import Tensor
 from fusedskip import backends, reference
 from fusedskip.backends import KERNELS
 from fusedskip.checks import check_batch_norm
-from fusedskip.functional import are_contiguous
 from fusedskip.layout import dense, laid_out_like, strided
 
 
@@ -46,7 +45,7 @@ def sync_batch_norm(
     Semantics: `torch.nn.SyncBatchNorm` in training, `torch.add`, `torch.relu`.
     """
     check_batch_norm(x, residual, running_mean, running_var, weight, bias, True, eps, True)
-    takes_vectors = are_contiguous((running_mean, running_var, weight, bias))
+    takes_vectors = backends.take_vectors((running_mean, running_var, weight, bias))
     return _SyncBatchNorm.apply(
         x, residual, running_mean, running_var, weight, bias, momentum, eps, relu, group,
         backends.select(x) if takes_vectors else "eager",

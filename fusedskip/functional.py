@@ -5,9 +5,7 @@ named a backend that cannot take the tensors, all of them raise `RuntimeError`.
 """
 
 import sys
-import warnings
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -383,16 +381,7 @@ def _choose(
     # The level is read here, too, where dynamo guards on it.
     if plain or x.numel() == 0 or _is_transformed() or forward_ad._current_level >= 0:
         return "eager"
-    return backend if are_contiguous(vectors) else "eager"
-
-
-def are_contiguous(vectors: Iterable[Tensor | None]) -> bool:
-    """Whether kernels take these parameters and running statistics; if not, a warning says so."""
-    for vector in vectors:
-        if vector is not None and not vector.is_contiguous():
-            _warn("where parameters or running statistics are not contiguous")
-            return False
-    return True
+    return backend if backends.take_vectors(vectors) else "eager"
 
 
 # Called by dynamo while it traces: by its own answer, torch 2.11 exports whatever it compiles.
@@ -406,7 +395,7 @@ def _is_distributed(x: Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(x, module.DTensor):
         return False
-    _warn("on distributed tensors")
+    backends.warn_of_eager("on distributed tensors")
     return True
 
 
@@ -416,16 +405,5 @@ def _is_transformed() -> bool:
     """Whether the call is inside `torch.func.grad`, `vmap` or forward-mode differentiation."""
     if not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0:
         return False
-    _warn("inside the transforms of torch.func and forward-mode differentiation")
+    backends.warn_of_eager("inside the transforms of torch.func and forward-mode differentiation")
     return True
-
-
-# Called by dynamo while it traces, into which a warning has no way.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _warn(where: str) -> None:
-    _warn_once(where)
-
-
-@cache
-def _warn_once(where: str) -> None:
-    warnings.warn(f"fusedskip runs eagerly {where}", stacklevel=3)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import fusedskip
-from fusedskip import backends, functional
+from fusedskip import backends
 
 from .support import (
     CAT,
@@ -331,7 +331,7 @@ def test_threads_do_not_change_a_bit(function, layout, shape):
 @pytest.mark.parametrize("function", ["bias_add_relu", *NORMS, CAT])
 def test_vectors_that_are_not_contiguous(backend, device, function):
     """As in eager mode, which stands in for the kernels; what lies between is left alone."""
-    functional._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
     problem = make_problem(function, (3, 4, 2, 3), torch.float64, device=device)
 
     def spread(vector):
