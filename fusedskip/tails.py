@@ -46,7 +46,7 @@ _PLAIN: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None for kind in _PLAIN}
 
-_CALL = nn.Module.__call__  # FX replaces it while it traces
+CALL = nn.Module.__call__  # FX replaces it while it traces
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -124,7 +124,7 @@ def plan_skip(
 
 def may_run(plan: Plan, x: Tensor) -> bool:
     """Whether nothing forbids bypassing what the plan bypasses; FX is shown the single modules."""
-    is_called = nn.Module.__call__ is _CALL and not _has_any_global_hook()
+    is_called = nn.Module.__call__ is CALL and not _has_any_global_hook()
     return is_called and isinstance(x, Tensor) and plan.obstacle() is None
 
 

@@ -88,6 +88,8 @@ class Fused(nn.Module):
             return f"it has a {patched} of its own"
         if _has_any_global_hook():
             return "torch has a global module hook"
+        if nn.Module.__call__ is not tails.CALL:
+            return "nn.Module.__call__ is patched"
         plan = cls._fused_plan_of(module)
         if (obstacle := plan.obstacle()) is not None:
             culprit, reason = obstacle
