@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 BACKENDS = "import fusedskip; print(*fusedskip.available_backends())"
 LEVELS = "ops", "overhead", "blocks", "models"
 BUILD = "install", "build", "backends"
-TUNE = "tune-64", "tune-256"  # by the batch size
+TUNED_BATCHES = 64, 256
+TUNE = tuple(f"tune-{batch}" for batch in TUNED_BATCHES)
 PARTS = "tests", "memcheck", "racecheck", "benchmarks", "one-launch", *TUNE
 # Seconds of its limit in which a part that is out of time may say how far it came: xdist waits ten
 # for its workers first.
@@ -143,23 +144,23 @@ def plan(out: Path) -> list[Part]:
         sanitize("memcheck"),
         sanitize("racecheck"),
         benchmark(
-            "benchmarks", "bench.txt", 120,
+            "benchmarks", "bench.txt", 95,
             f"{levels} -k 'not cuda_on_chip' --benchmark-max-time=0.2 "
             f"--benchmark-json={folder}/bench.json",
         ),
         # By themselves: blocks that wait for each other in vain would take all figures with them.
         benchmark(
-            "one-launch", "bench.txt", 30,
+            "one-launch", "bench.txt", 55,
             f"{levels} -k cuda_on_chip --benchmark-max-time=0.2 "
             f"--benchmark-json={folder}/one-launch.json",
         ),
         *(
             benchmark(
-                name, "tune.txt", 185,
-                f"benchmarks/bench_ops.py --launches --batch={name.removeprefix('tune-')} "
-                f"--benchmark-max-time=0.1 --benchmark-json={folder}/launches-{name[5:]}.json",
+                f"tune-{batch}", "tune.txt", 185,
+                f"benchmarks/bench_ops.py --launches --batch={batch} "
+                f"--benchmark-max-time=0.1 --benchmark-json={folder}/launches-{batch}.json",
             )
-            for name in TUNE
+            for batch in TUNED_BATCHES
         ),
     ]  # fmt: skip
 
@@ -228,7 +229,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     parts = [part for part in plan(out) if part.name in (*BUILD, *options.parts)]
     facts, files = machine(), (out / "bench.json", out / "one-launch.json")
-    for path in {*files, *(part.log for part in parts)}:
+    measures = not {"benchmarks", "one-launch"}.isdisjoint(options.parts)
+    for path in {*(files if measures else ()), *(part.log for part in parts)}:
         path.unlink(missing_ok=True)
     for name in ("TRITON_INTERPRET", "FUSEDSKIP_BACKEND"):  # each test names its own backend
         os.environ.pop(name, None)

@@ -134,7 +134,7 @@ def _auto(device_type: str, index: int | None = None) -> str:
             return name
     if device_type != "meta":  # nothing runs there
         tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        warnings.warn(f"fusedskip runs eagerly on {device_type} tensors ({tried})", stacklevel=2)
+        _warn_once(f"on {device_type} tensors ({tried})")
     return "eager"
 
 
