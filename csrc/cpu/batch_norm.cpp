@@ -18,10 +18,9 @@ class ForwardNorm {
               const Tiling& tiling)
       : args_(args),
         norm_(norm),
+        tiling_(tiling),
         moments_(input, args.dtype, tiling, args.training),
-        mean_(static_cast<S*>(norm.mean.data)),
-        rstd_(static_cast<S*>(norm.rstd.data)),
-        coefficients_(args.view.n_channels) {}
+        coefficients_(tiling.view.n_channels) {}
 
   void stats(int64_t group, int64_t index) const { moments_.stats(group, index); }
 
@@ -30,37 +29,42 @@ class ForwardNorm {
     for (int64_t c = begin; c < end; ++c) finish(c);
   }
 
-  // Of the channels from c on.
+  // Of the lanes from that of channel c on.
   Affine affine(int64_t c) const {
     return {.mean = mean_ + c, .scale = scale_ + c, .bias = bias_ + c};
   }
 
  private:
   void finish(int64_t c) const {
+    S &mean = static_cast<S*>(norm_.mean.data)[c], &rstd = static_cast<S*>(norm_.rstd.data)[c];
     if (args_.training) {
       const Moments moments = moments_.of_channel(c);
       moments.update_running(norm_.running_mean, norm_.running_var, c, norm_.momentum);
-      mean_[c] = S(moments.mean());
-      rstd_[c] = S(1 / std::sqrt(moments.m2 / moments.count + norm_.eps));
+      mean = S(moments.mean());
+      rstd = S(1 / std::sqrt(moments.m2 / moments.count + norm_.eps));
     } else {
-      mean_[c] = S(get(norm_.running_mean, c, 0));
-      rstd_[c] = S(1 / std::sqrt(get(norm_.running_var, c, 1) + norm_.eps));
+      mean = S(get(norm_.running_mean, c, 0));
+      rstd = S(1 / std::sqrt(get(norm_.running_var, c, 1) + norm_.eps));
     }
-    scale_[c] = scale_of(norm_.weight, c, rstd_[c]);
-    bias_[c] = S(get(norm_.bias, c, 0));
+    tiling_.for_each_lane(c, [&](int64_t lane) {
+      mean_[lane] = mean;
+      scale_[lane] = scale_of(norm_.weight, c, rstd);
+      bias_[lane] = S(get(norm_.bias, c, 0));
+    });
   }
 
   const BatchNormForward& args_;
   const Norm& norm_;
+  const Tiling& tiling_;
   MomentsOfTiles moments_;
-  S *mean_, *rstd_;
-  Coefficients<S, 2> coefficients_;
-  S *scale_ = coefficients_[0], *bias_ = coefficients_[1];
+  Coefficients<S, 3> coefficients_;
+  S *mean_ = coefficients_[0], *scale_ = coefficients_[1], *bias_ = coefficients_[2];
 };
 
 template <typename S>
 void forward(const BatchNormForward& args) {
-  const Tiling tiling(args.view, args.dtype);
+  const int64_t slab = args.view.n_channels * args.view.n_inner;
+  const Tiling tiling(args.view, args.dtype, /*out_is_dense=*/args.out_pitch == slab);
   const ForwardNorm<S> norm(args, args.norm, args.x, tiling);
   std::optional<ForwardNorm<S>> residual_norm;
   if (args.residual_norm.present())
@@ -76,7 +80,6 @@ void forward(const BatchNormForward& args) {
     if (residual_norm) residual_norm->finish(begin, end);
   };
 
-  const int64_t slab = args.view.n_channels * args.view.n_inner;
   // Which out, being part of a wider tensor, may be off.
   const int64_t pitch = args.view.n_outer == 1 ? 0 : args.out_pitch * bytes(args.dtype);
   const bool on_cache_lines = (uintptr_t(args.out) | uintptr_t(pitch)) % 64 == 0;

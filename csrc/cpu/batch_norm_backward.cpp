@@ -14,23 +14,26 @@ template <typename S>
 class BackwardNorm {
  public:
   BackwardNorm(const BatchNormBackward& args, const Norm& norm, const ChannelVector& dweight,
-               const ChannelVector& dbias)
+               const ChannelVector& dbias, const Tiling& tiling)
       : args_(args),
+        norm_(norm),
         dweight_(dweight),
         dbias_(dbias),
-        mean_(static_cast<const S*>(norm.mean.data)),
-        rstd_(static_cast<const S*>(norm.rstd.data)),
-        coefficients_(args.view.n_channels) {
-    for (int64_t c = 0; c < args.view.n_channels; ++c) {
-      scale_[c] = scale_of(norm.weight, c, rstd_[c]);
-      bias_[c] = S(get(norm.bias, c, 0));
-    }
+        tiling_(tiling),
+        coefficients_(tiling.view.n_channels) {
+    const S* means = static_cast<const S*>(norm.mean.data);
+    for (int64_t c = 0; c < tiling.n_channels; ++c)
+      tiling.for_each_lane(c, [&](int64_t lane) {
+        mean_[lane] = means[c];
+        scale_[lane] = scale_of(norm.weight, c, rstd(c));
+        bias_[lane] = S(get(norm.bias, c, 0));
+      });
   }
 
   // From Σg and Σg·(x - mean).
   void finish(int64_t c, double sum_g, double sum_gx) const {
     const double n = double(args_.view.n_outer) * double(args_.view.n_inner);
-    const double dweight = rstd_[c] * sum_gx;
+    const double dweight = rstd(c) * sum_gx;
     if (dweight_.data) set(dweight_, c, dweight);
     if (dbias_.data) set(dbias_, c, sum_g);
     finish_means(c, sum_g / n, dweight / n);
@@ -38,23 +41,28 @@ class BackwardNorm {
 
   // From the means of g and g·x̂ over the batch.
   void finish_means(int64_t c, double mean_g, double mean_gx) const {
-    const double scale = scale_[c], rstd = rstd_[c];
-    k2_[c] = S(-scale * rstd * mean_gx);
-    k3_[c] = S(-scale * mean_g);
+    const double scale = scale_[c];
+    tiling_.for_each_lane(c, [&](int64_t lane) {
+      k2_[lane] = S(-scale * rstd(c) * mean_gx);
+      k3_[lane] = S(-scale * mean_g);
+    });
   }
 
-  // Of the channels from c on.
+  // Of the lanes from that of channel c on.
   Affine affine(int64_t c) const {
     return {mean_ + c, scale_ + c, bias_ + c, args_.training ? k2_ + c : nullptr, k3_ + c};
   }
 
  private:
+  S rstd(int64_t c) const { return static_cast<const S*>(norm_.rstd.data)[c]; }
+
   const BatchNormBackward& args_;
+  const Norm& norm_;
   const ChannelVector &dweight_, &dbias_;
-  const S *mean_, *rstd_;
-  Coefficients<S, 4> coefficients_;
-  S *scale_ = coefficients_[0], *bias_ = coefficients_[1];
-  S *k2_ = coefficients_[2], *k3_ = coefficients_[3];
+  const Tiling& tiling_;
+  Coefficients<S, 5> coefficients_;
+  S *mean_ = coefficients_[0], *scale_ = coefficients_[1], *bias_ = coefficients_[2];
+  S *k2_ = coefficients_[3], *k3_ = coefficients_[4];
 };
 
 template <typename S>
@@ -63,10 +71,11 @@ void backward(const BatchNormBackward& args) {
   const bool needs_apply = args.dx || args.dresidual;
   const bool reduces = args.reduces(), dual = args.residual_norm.present();
   const Partials partials(tiling, !reduces ? 0 : dual ? 3 : 2);
-  const BackwardNorm<S> norm(args, args.norm, args.dweight, args.dbias);
+  const BackwardNorm<S> norm(args, args.norm, args.dweight, args.dbias, tiling);
   std::optional<BackwardNorm<S>> residual_norm;
   if (dual)
-    residual_norm.emplace(args, args.residual_norm, args.residual_dweight, args.residual_dbias);
+    residual_norm.emplace(args, args.residual_norm, args.residual_dweight, args.residual_dbias,
+                          tiling);
   const Gate gate = !args.relu ? Gate::kNone : args.mask ? Gate::kMask : Gate::kRecompute;
 
   const auto bwd_tile = [&](const Tile& tile) -> BwdTile {
@@ -93,13 +102,17 @@ void backward(const BatchNormBackward& args) {
         norm.finish_means(c, means[c], means[args.view.n_channels + c]);
     if (!reduces) return;
     for (int s = 0; s < (dual ? 3 : 2); ++s)
-      partials.merge_tiles(begin, end, [&](int64_t c, int64_t tile) {
-        partials.of_channel(s, c, 0) += partials.of_channel(s, c, tile);
+      partials.merge_tiles(begin, end, [&](int64_t lane, int64_t count, int64_t tile) {
+        double* const sum = partials.of_lanes(s, lane, 0);
+        const double* const part = partials.of_lanes(s, lane, tile);
+        for (int64_t i = 0; i < count; ++i) sum[i] += part[i];
       });
     for (int64_t c = begin; c < end; ++c) {
-      const double sum_g = partials.of_channel(0, c, 0);
-      norm.finish(c, sum_g, partials.of_channel(1, c, 0));
-      if (dual) residual_norm->finish(c, sum_g, partials.of_channel(2, c, 0));
+      double sums[3] = {};
+      for (int s = 0; s < (dual ? 3 : 2); ++s)
+        tiling.for_each_lane(c, [&](int64_t lane) { sums[s] += *partials.of_lanes(s, lane, 0); });
+      norm.finish(c, sums[0], sums[1]);
+      if (dual) residual_norm->finish(c, sums[0], sums[2]);
     }
   };
 

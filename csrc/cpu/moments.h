@@ -50,15 +50,22 @@ class MomentsOfTiles {
   }
 
   void merge_tiles(int64_t begin, int64_t end) const {
-    partials_.merge_tiles(begin, end, [&](int64_t c, int64_t tile) {
-      merges_[tile](partials_.of_channel(0, c, 0), partials_.of_channel(1, c, 0),
-                    partials_.of_channel(0, c, tile), partials_.of_channel(1, c, tile));
+    partials_.merge_tiles(begin, end, [&](int64_t lane, int64_t count, int64_t tile) {
+      double *sum = partials_.of_lanes(0, lane, 0), *m2 = partials_.of_lanes(1, lane, 0);
+      const double* part_sum = partials_.of_lanes(0, lane, tile);
+      const double* part_m2 = partials_.of_lanes(1, lane, tile);
+      const Merge merge = merges_[tile];
+      for (int64_t i = 0; i < count; ++i) merge(sum[i], m2[i], part_sum[i], part_m2[i]);
     });
   }
 
   // Once the tiles are merged.
   Moments of_channel(int64_t c) const {
-    return {count_, partials_.of_channel(0, c, 0), partials_.of_channel(1, c, 0)};
+    Moments moments;
+    tiling_.for_each_lane(c, [&](int64_t lane) {
+      moments.add({count_, *partials_.of_lanes(0, lane, 0), *partials_.of_lanes(1, lane, 0)});
+    });
+    return moments;
   }
 
  private:
@@ -67,7 +74,7 @@ class MomentsOfTiles {
   const Tiling& tiling_;
   Partials partials_;
   std::vector<Merge> merges_;  // of each tile with those before it
-  double count_ = 0;
+  double count_ = 0;           // elements a lane
 };
 
 }  // namespace fusedskip::cpu
