@@ -43,9 +43,11 @@ def test_many_tiles(backend, device, function, layout):
     """Shapes that are cut into several tiles, with a rest, in every direction the kernels cut."""
     shapes = ((3, 2, 61, 67), (40, 7, 5, 5)) if interpreted(backend) else (
         (40, 3, 97, 101), (3, 2, 150, 151), (700, 11, 5, 5), (9, 200, 29, 31), (70000, 3),
+        (301, 2500), (40, 16, 28, 28), (9, 8, 14, 15),
     )  # fmt: skip
     for shape in shapes:
-        assert_as_good_as_eager(make_problem(function, shape, torch.float32, layout, device))
+        for dtype in (torch.float32,) if interpreted(backend) else (torch.float32, torch.bfloat16):
+            assert_as_good_as_eager(make_problem(function, shape, dtype, layout, device))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 800, 801), (1, 600_001), (1, 64, 101, 101)], ids=str)

@@ -308,7 +308,7 @@ def test_two_runs_are_bitwise_equal(backend, device, function, layout):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("shape", [(8, 40, 28, 29), (2, 2, 150, 151), (4001, 33)])
+@pytest.mark.parametrize("shape", [(8, 40, 28, 29), (8, 16, 28, 28), (2, 2, 150, 151), (4001, 33)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
 def test_threads_do_not_change_a_bit(function, layout, shape):

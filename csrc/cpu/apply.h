@@ -12,15 +12,15 @@ enum class Term { kAbsent, kPlain, kNormalised };
 
 template <typename T, Term kTerm, bool kPerLane>
 struct TermOf {
-  using S = StatisticsOf<T>;
-  Coefficient<S, kPerLane> mean, scale, bias;
+  using P = PackOf<T>;
+  Coefficient<P, kPerLane> mean, scale, bias;
 
   TermOf(const Affine& affine, int64_t channel)
       : mean(affine.mean, channel), scale(affine.scale, channel), bias(affine.bias, channel) {}
 
   template <typename... N>
-  Pack<S> operator()(const T* run, int64_t i, N... n) const {
-    const Pack<S> x = load(run + i, n...);
+  P operator()(const T* run, int64_t i, N... n) const {
+    const P x = load(run + i, n...);
     if constexpr (kTerm == Term::kNormalised)
       return fma(x - mean.at(i, n...), scale.at(i, n...), bias.at(i, n...));
     return x;
@@ -29,8 +29,7 @@ struct TermOf {
 
 template <typename T, bool kPerLane, Term kX, Term kResidual, Relu kRelu>
 void apply_runs(const ApplyTile& tile) {
-  using S = StatisticsOf<T>;
-  using P = Pack<S>;
+  using P = PackOf<T>;
   constexpr bool kHasResidual = kResidual != Term::kAbsent;
   const P threshold = P::broadcast(kLargestStoredAsZero<T>);
   for (int64_t run = 0; run < tile.runs.count; ++run) {
@@ -43,8 +42,9 @@ void apply_runs(const ApplyTile& tile) {
     uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
     for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
       const auto relu = [&](P a) {
-        if (mask) store_mask<P::kMaskBytes>(mask, i, exceeds(a, threshold), n...);
-        return keep_where_exceeds(a, a, threshold);
+        const Lanes<P> passed = exceeds(a, threshold);
+        if (mask) store_mask<P::kMaskBytes>(mask, i, bits_of(passed), n...);
+        return keep(a, passed);
       };
       if constexpr (!kPerLane) {
         if constexpr (kHasResidual) prefetch(residual + tile.runs.prefetch + i);

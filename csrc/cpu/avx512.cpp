@@ -22,6 +22,7 @@
 
 // GCC's own AVX-512 headers start from a register that they leave undefined on purpose.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 
 #define FUSEDSKIP_ISA avx512
 #define FUSEDSKIP_AVX512

@@ -7,9 +7,9 @@
 namespace fusedskip::cpu::FUSEDSKIP_ISA {
 
 // The gradient in front of a norm, of g behind it.
-template <typename S, bool kPerLane, bool kTraining>
+template <typename P, bool kPerLane, bool kTraining>
 struct NormGradient {
-  Coefficient<S, kPerLane> mean, scale, k2, k3;
+  Coefficient<P, kPerLane> mean, scale, k2, k3;
 
   NormGradient(const Affine& affine, int64_t channel)
       : mean(affine.mean, channel),
@@ -18,7 +18,7 @@ struct NormGradient {
         k3(affine.k3, channel) {}
 
   template <typename... N>
-  Pack<S> operator()(Pack<S> g, Pack<S> centred, int64_t i, N... n) const {
+  P operator()(P g, P centred, int64_t i, N... n) const {
     if constexpr (!kTraining) return g * scale.at(i, n...);
     return fma(g, scale.at(i, n...), fma(centred, k2.at(i, n...), k3.at(i, n...)));
   }
@@ -26,13 +26,12 @@ struct NormGradient {
 
 template <typename T, bool kPerLane, Gate kGate, bool kDual, bool kTraining>
 void bwd_apply_runs(const BwdApplyTile& tile) {
-  using S = StatisticsOf<T>;
-  using P = Pack<S>;
+  using P = PackOf<T>;
   constexpr bool kReadsX = kTraining || kGate == Gate::kRecompute;
   for (int64_t run = 0; run < tile.runs.count; ++run) {
     const int64_t offset = run * tile.runs.stride, channel = run * tile.runs.channel_stride;
     const Gated<T, kGate, kPerLane> gated(tile.affine, channel);
-    const NormGradient<S, kPerLane, kTraining> gradient(tile.affine, channel),
+    const NormGradient<P, kPerLane, kTraining> gradient(tile.affine, channel),
         residual_gradient(tile.residual_affine, channel);
     const T* dout = static_cast<const T*>(tile.dout) + offset;
     const T* x = static_cast<const T*>(tile.x) + (kReadsX ? offset : 0);
@@ -49,7 +48,7 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
       if constexpr (kReadsX) {
         if (kGate == Gate::kRecompute || dx) centred = load(x + i, n...) - gated.mean.at(i, n...);
       }
-      const P g = gated(load(dout + i, n...), centred, mask, i, n...);
+      const P g = gated(dout, centred, mask, i, n...);
       if (dresidual) {
         P d = g;
         if constexpr (kDual) {

@@ -8,10 +8,9 @@ namespace fusedskip::cpu::FUSEDSKIP_ISA {
 
 template <typename T, Gate kGate, bool kDual>
 void bwd_reduce_planes(const BwdReduceTile& tile) {
-  using S = StatisticsOf<T>;
-  using P = Pack<S>;
+  using P = PackOf<T>;
   const Gated<T, kGate, false> gated(tile.affine);
-  const Coefficient<S, false> residual_mean(tile.residual_affine.mean);
+  const Coefficient<P, false> residual_mean(tile.residual_affine.mean);
   // Several vectors in a pack hide the latency by themselves.
   constexpr int kSums = kDual ? 3 : 2, kAccumulators = P::kVectors == 1 ? 2 : 1;
   P sums[kSums][kAccumulators] = {};
@@ -27,7 +26,7 @@ void bwd_reduce_planes(const BwdReduceTile& tile) {
           if constexpr (kDual) prefetch(residual + tile.runs.prefetch + i);
           const P centred = load(x + i, n...) - gated.mean.all;
           // Lanes past the run's end load dout = 0 and add nothing.
-          const P g = gated(load(dout + i, n...), centred, mask, i, n...);
+          const P g = gated(dout, centred, mask, i, n...);
           sums[0][k] = sums[0][k] + g;
           sums[1][k] = fma(g, centred, sums[1][k]);
           if constexpr (kDual)
@@ -42,57 +41,69 @@ void bwd_reduce_planes(const BwdReduceTile& tile) {
 }
 
 template <typename T, Gate kGate, bool kDual>
-void bwd_reduce_rows(const BwdReduceTile& tile) {
-  using S = StatisticsOf<T>;
-  using P = Pack<S>;
+using ReduceSlice = Slice<PackOf<T>, kDual ? 3 : 2,
+                          kDual                       ? 2
+                          : kGate == Gate::kRecompute ? 3
+                                                      : 1>;
+
+template <typename T, Gate kGate, bool kDual>
+void bwd_reduce_rows(const BwdReduceTile& tile, int64_t first, int64_t n_channels) {
+  using P = PackOf<T>;
   const Gated<T, kGate, true> gated(tile.affine);
-  const Coefficient<S, true> residual_mean(tile.residual_affine.mean);
+  const Coefficient<P, true> residual_mean(tile.residual_affine.mean);
   constexpr int kSums = kDual ? 3 : 2;
-  const int64_t n_channels = tile.runs.length, block = rows_a_block(tile.runs);
+  const int64_t block = rows_a_block(tile.runs), stride = tile.runs.stride;
   for (int s = 0; s < kSums; ++s)
-    for (int64_t c = 0; c < n_channels; ++c) tile.sums[s][c] = 0;
+    for (int64_t c = first; c < first + n_channels; ++c) tile.sums[s][c] = 0;
+  constexpr int kRows = sizeof(T) == 2 && kGate == Gate::kRecompute ? 8 : 1;
+  ReduceSlice<T, kGate, kDual> slice;
   for (int64_t row = 0; row < tile.runs.count; row += block) {
     const int64_t rows = row + block < tile.runs.count ? block : tile.runs.count - row;
-    const T* dout = static_cast<const T*>(tile.dout) + row * n_channels;
-    const T* x = static_cast<const T*>(tile.x) + row * n_channels;
-    const T* residual = static_cast<const T*>(tile.residual) + (kDual ? row * n_channels : 0);
+    slice.clear(n_channels);
+    const T* dout = static_cast<const T*>(tile.dout) + row * stride;
+    const T* x = static_cast<const T*>(tile.x) + row * stride;
+    const T* residual = static_cast<const T*>(tile.residual) + (kDual ? row * stride : 0);
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + row * tile.runs.mask_stride : nullptr;
-    for_each_column<P::kLanes>(n_channels, [&](int64_t c, auto packs, auto... n) {
-      constexpr int kPacks = packs;
-      constexpr int kLanes = kPacks * P::kLanes;
-      P sums[kSums][kPacks] = {};
-      for (int64_t r = 0; r < rows; ++r) {
-        prefetch_column<kLanes>(dout + (r + block) * n_channels + c);
-        prefetch_column<kLanes>(x + (r + block) * n_channels + c);
-        if constexpr (kDual) prefetch_column<kLanes>(residual + (r + block) * n_channels + c);
-        for (int k = 0; k < kPacks; ++k) {
-          const int64_t i = c + k * P::kLanes;
-          const P centred = load(x + r * n_channels + i, n...) - gated.mean.at(i, n...);
-          const P g = gated(load(dout + r * n_channels + i, n...), centred,
-                            mask + r * tile.runs.mask_stride, i, n...);
-          sums[0][k] = sums[0][k] + g;
-          sums[1][k] = fma(g, centred, sums[1][k]);
-          if constexpr (kDual)
-            sums[2][k] =
-                fma(g, load(residual + r * n_channels + i, n...) - residual_mean.at(i, n...),
-                    sums[2][k]);
-        }
-      }
-      S lanes[kSums][kLanes];
-      std::memcpy(lanes, sums, sizeof(sums));
-      int valid = kLanes;
-      ((valid = n), ...);
-      for (int s = 0; s < kSums; ++s)
-        for (int l = 0; l < valid; ++l) tile.sums[s][c + l] += lanes[s][l];
-    });
+    for_each_pack_of_rows<P, kRows>(
+        rows, n_channels,
+        [&](int64_t r, auto n_rows, int64_t c, auto packs, auto... n)
+            __attribute__((always_inline)) {
+              constexpr int kPacks = packs;
+              P total[kSums][kPacks];
+              for (int s = 0; s < kSums; ++s)
+                for (int k = 0; k < kPacks; ++k)
+                  total[s][k] = load_lanes<P>(slice.sums[s] + c + k * P::kLanes);
+              for (int64_t some = 0; some < n_rows; ++some)
+                for (int k = 0; k < kPacks; ++k) {
+                  const int64_t i = first + c + k * P::kLanes, o = (r + some) * stride;
+                  prefetch_ahead<P::kLanes>(dout + o + i);
+                  prefetch_ahead<P::kLanes>(x + o + i);
+                  if constexpr (kDual) prefetch_ahead<P::kLanes>(residual + o + i);
+                  const P centred = load(x + o + i, n...) - gated.mean.at(i, n...);
+                  const P g =
+                      gated(dout + o, centred, mask + (r + some) * tile.runs.mask_stride, i, n...);
+                  total[0][k] = total[0][k] + g;
+                  total[1][k] = fma(g, centred, total[1][k]);
+                  if constexpr (kDual)
+                    total[2][k] = fma(g, load(residual + o + i, n...) - residual_mean.at(i, n...),
+                                      total[2][k]);
+                }
+              for (int s = 0; s < kSums; ++s)
+                for (int k = 0; k < kPacks; ++k)
+                  store_lanes(slice.sums[s] + c + k * P::kLanes, total[s][k]);
+            });
+    for (int s = 0; s < kSums; ++s)
+      for (int64_t c = 0; c < n_channels; ++c) tile.sums[s][first + c] += slice.sums[s][c];
   }
 }
 
 template <typename T>
 void bwd_reduce(const BwdReduceTile& tile) {
   with_gate(tile, [&](auto gate, auto dual) {
-    tile.runs.per_lane ? bwd_reduce_rows<T, gate, dual>(tile)
-                       : bwd_reduce_planes<T, gate, dual>(tile);
+    if (!tile.runs.per_lane) return bwd_reduce_planes<T, gate, dual>(tile);
+    for_each_slice<ReduceSlice<T, gate, dual>::kMost>(
+        tile.runs.length,
+        [&](int64_t first, int64_t n) { bwd_reduce_rows<T, gate, dual>(tile, first, n); });
   });
 }
 

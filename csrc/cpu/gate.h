@@ -9,20 +9,23 @@ namespace fusedskip::cpu::FUSEDSKIP_ISA {
 // The gradient behind the ReLU.
 template <typename T, Gate kGate, bool kPerLane>
 struct Gated {
-  using S = StatisticsOf<T>;
-  Coefficient<S, kPerLane> mean, scale, bias;
-  Pack<S> threshold = Pack<S>::broadcast(kLargestStoredAsZero<T>);
+  using P = PackOf<T>;
+  Coefficient<P, kPerLane> mean, scale, bias;
+  P threshold = P::broadcast(kLargestStoredAsZero<T>);
 
   explicit Gated(const Affine& affine, int64_t channel = 0)
       : mean(affine.mean, channel), scale(affine.scale, channel), bias(affine.bias, channel) {}
 
+  // Of the lanes from element i of the run `dout` on. Those past the run's end are 0.
   template <typename... N>
-  Pack<S> operator()(Pack<S> g, Pack<S> centred, const uint8_t* mask, int64_t i, N... n) const {
+  P operator()(const T* dout, P centred, const uint8_t* mask, int64_t i, N... n) const {
     if constexpr (kGate == Gate::kMask)
-      return keep(g, load_mask<Pack<S>::kMaskBytes>(mask, i, n...));
-    if constexpr (kGate == Gate::kRecompute)
-      return keep_where_exceeds(g, fma(centred, scale.at(i, n...), bias.at(i, n...)), threshold);
-    return g;
+      return load_kept(dout + i, load_mask<P::kMaskBytes>(mask, i, n...), n...);
+    if constexpr (kGate == Gate::kRecompute) {
+      const P y = fma(centred, scale.at(i, n...), bias.at(i, n...));
+      return load_kept(dout + i, exceeds(y, threshold), n...);
+    }
+    return load(dout + i, n...);
   }
 };
 

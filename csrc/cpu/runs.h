@@ -1,38 +1,38 @@
-// Walks over the runs of a tile, a pack of lanes at a time: along a run, or down the columns of a
-// block of rows. Coefficients are broadcast over a channel's run, or loaded lane by lane along a
-// row.
+// Walks over the runs of a tile, a pack of lanes at a time. Coefficients are broadcast over a
+// channel's run, or loaded lane by lane along a row.
 
 #pragma once
-
 #include "kernels.h"
 #include "vec.h"
 
 namespace fusedskip::cpu::FUSEDSKIP_ISA {
 
 // The coefficients of the lanes from element i of a run on; n < kLanes of them near a run's end.
-template <typename S, bool kPerLane>
+template <typename P, bool kPerLane>
 struct Coefficient {
+  using S = typename P::Scalar;
   const S* p;
 
   explicit Coefficient(const void* coefficients, int64_t = 0)
       : p(static_cast<const S*>(coefficients)) {}
 
   template <typename... N>
-  Pack<S> at(int64_t i, N... n) const {
-    return load(p + i, n...);
+  P at(int64_t i, N... n) const {
+    return load_lanes<P>(p + i, n...);
   }
 };
 
 // One number for all lanes; absent it is 0.
-template <typename S>
-struct Coefficient<S, false> {
-  Pack<S> all;
+template <typename P>
+struct Coefficient<P, false> {
+  using S = typename P::Scalar;
+  P all;
 
   explicit Coefficient(const void* p, int64_t channel = 0)
-      : all(Pack<S>::broadcast(p ? static_cast<const S*>(p)[channel] : 0)) {}
+      : all(P::broadcast(p ? static_cast<const S*>(p)[channel] : 0)) {}
 
   template <typename... N>
-  Pack<S> at(int64_t, N...) const {
+  P at(int64_t, N...) const {
     return all;
   }
 };
@@ -56,25 +56,61 @@ inline void for_each_pack_in_turn(int64_t length, Body body) {
   if (i < length) body(kAccumulators - 1, i, int(length - i));
 }
 
-// Independent accumulators hide the latency of an add: 4 cycles at up to 2 a cycle, halved by the
-// loads they wait for.
-inline constexpr int kColumn = 4;
+// Packs at once, so that their accumulators hide the latency of an add: 4 cycles at up to 2 a
+// cycle, halved by the loads they wait for.
+template <typename P>
+inline constexpr int kAtOnce = P::kVectors > 2 ? 1 : 4 / P::kVectors;
+
+// A slice of rows' channels: as many as have their sums in L1, beside so many coefficients.
+template <typename P, int kSums, int kCoefficients>
+struct alignas(64) Slice {
+  using S = typename P::Scalar;
+  static constexpr int64_t kBytes = 24 << 10;
+  static constexpr int64_t kMost = kBytes / ((kSums + kCoefficients) * sizeof(S)) / 64 * 64;
+
+  S sums[kSums][kMost];
+
+  void clear(int64_t n_channels) {
+    for (auto& sum : sums)
+      for (int64_t i = 0; i < n_channels; i += P::kLanes) store_lanes(sum + i, P{});
+  }
+};
+
+// Calls body(first, n) for each slice of n channels.
+template <int64_t kMost, typename Body>
+inline void for_each_slice(int64_t n_channels, Body body) {
+  for (int64_t first = 0; first < n_channels; first += kMost)
+    body(first, n_channels - first < kMost ? n_channels - first : kMost);
+}
+
+// Calls body(row, some rows, i, packs at once, n...) over a block of rows.
+//
+// Rows are walked as they lie in memory, which is what hardware fetches ahead best, kRows at once:
+// more than one where to add to sums in L1 takes longer than to read a row. Down columns of 128
+// bytes, their sums in registers, bwd_reduce at 32x512x28x28 took 1.2 (fp32) to 2 times (bf16) as
+// long. But rows no longer than that are such a column.
+template <typename P, int kRows, typename Body>
+inline void for_each_pack_of_rows(int64_t rows, int64_t length, Body body) {
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, kAtOnce<P>> kColumn;
+  int64_t row = 0;
+  const auto walk = [&](auto some, auto packs) {
+    for (; row + some <= rows; row += some) {
+      int64_t i = 0;
+      for (; i + packs * P::kLanes <= length; i += packs * P::kLanes) body(row, some, i, packs);
+      for_each_pack<P::kLanes>(
+          length - i, [&](int64_t rest, auto... n) { body(row, some, i + rest, kOne, n...); });
+    }
+  };
+  if (length <= kColumn * P::kLanes) return walk(rows, kColumn);
+  walk(std::integral_constant<int, kRows>(), kOne);
+  if constexpr (kRows > 1) walk(kOne, kOne);
+}
 
 // Rows a block: enough that merging in double costs little, few enough that bwd_reduce keeps its
 // sums in single precision.
 inline int64_t rows_a_block(const Runs& rows) {
-  const int64_t fit = 8192 / rows.length, most = fit < 32 ? 32 : fit > 256 ? 256 : fit;
-  return ceil_div(rows.count, ceil_div(rows.count, most));
-}
-
-// Calls body(column, packs as a constant, n...) over the columns of a row.
-template <int kLanes, typename Body>
-inline void for_each_column(int64_t length, Body body) {
-  int64_t i = 0;
-  for (; i + kColumn * kLanes <= length; i += kColumn * kLanes)
-    body(i, std::integral_constant<int, kColumn>());
-  for (; i + kLanes <= length; i += kLanes) body(i, std::integral_constant<int, 1>());
-  if (i < length) body(i, std::integral_constant<int, 1>(), int(length - i));
+  return ceil_div(rows.count, ceil_div(rows.count, 128));
 }
 
 // The mask of a pack from element i of a run on, whole bytes; with n its padding bits are 0.
@@ -111,21 +147,21 @@ inline void prefetch(const T* p) {
   __builtin_prefetch(p, kWrite, 2);
 }
 
-// A row of a column. Walking down a block of rows, that of the next block is fetched meanwhile:
-// bf16 stats at 32x256x56x56 take 0.6 of the time by it, bwd_reduce 0.85.
+// A pack 16 KB further on. Hardware fetches rows ahead by itself, but in time only with this:
+// bwd_reduce takes 0.93 of the time.
 template <int kLanes, typename T>
-inline void prefetch_column(const T* p) {
-  constexpr int kLine = 64 / sizeof(T);
-  for (int i = 0; i < kLanes; i += kLine) prefetch(p + i);
+inline void prefetch_ahead(const T* p) {
+  constexpr int kLine = 64 / sizeof(T), kAhead = (16 << 10) / sizeof(T);
+  for (int i = 0; i < kLanes; i += kLine) prefetch(p + kAhead + i);
 }
 
-template <typename T, typename S>
-inline void store_result(bool streams, T* p, Pack<S> a) {
+template <typename T>
+inline void store_result(bool streams, T* p, PackOf<T> a) {
   streams ? stream(p, a) : store(p, a);
 }
 
-template <typename T, typename S>
-inline void store_result(bool, T* p, Pack<S> a, int n) {
+template <typename T>
+inline void store_result(bool, T* p, PackOf<T> a, int n) {
   store(p, a, n);
 }
 

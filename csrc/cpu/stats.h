@@ -18,29 +18,34 @@ inline void merge_block(const Merge& merge, double& sum, double& m2, double pivo
 // of all than sqrt(M2/k), so that taking n·(mean - K)² off Σ(x - K)² costs at most log2(1 + n/k)
 // bits, whatever the data: 5 or 6 in the blocks below. One pass over the block is saved by it.
 // About an infinite pivot the mean of ±Inf would be NaN.
-template <typename S>
-inline Pack<S> finite_or_zero(Pack<S> a) {
-  return keep(a, ~exceeds(a - a, Pack<S>::broadcast(0)));  // Inf - Inf is NaN
+template <typename P>
+inline P finite_or_zero(P a) {
+  return keep(a, lanes_of<P>(~bits_of(exceeds(a - a, P::broadcast(0)))));  // Inf - Inf is NaN
 }
 
 template <typename T>
 void stats_planes(const StatsTile& tile) {
   using S = StatisticsOf<T>;
-  using P = Pack<S>;
+  using P = PackOf<T>;
   const T* tile_x = static_cast<const T*>(tile.x);
   // body(k, pack, n...): a pack of x for accumulator k.
   const auto for_each = [&](auto body) {
     for (int64_t run = 0; run < tile.runs.count; ++run) {
       const T* x = tile_x + run * tile.runs.stride;
-      for_each_pack_in_turn<P::kLanes, kColumn>(tile.runs.length, [&](int k, int64_t i, auto... n) {
-        prefetch(x + tile.runs.prefetch + i);
-        body(k, load(x + i, n...), n...);
-      });
+      for_each_pack_in_turn<P::kLanes, kAtOnce<P>>(tile.runs.length,
+                                                   [&](int k, int64_t i, auto... n) {
+                                                     prefetch(x + tile.runs.prefetch + i);
+                                                     body(k, load(x + i, n...), n...);
+                                                   });
     }
   };
-  const auto fold = [](const P(&a)[kColumn]) { return double(sum((a[0] + a[1]) + (a[2] + a[3]))); };
+  const auto fold = [](const P(&a)[kAtOnce<P>]) {
+    P all = a[0];
+    for (int k = 1; k < kAtOnce<P>; ++k) all = all + a[k];
+    return double(sum(all));
+  };
 
-  constexpr int64_t kSample = 64 * P::kLanes;
+  constexpr int64_t kSample = 512;
   const int64_t length = tile.runs.length < kSample ? tile.runs.length : kSample;
   P sampled = {};
   int64_t sample = 0;
@@ -49,10 +54,10 @@ void stats_planes(const StatsTile& tile) {
       sampled = sampled + load(tile_x + run * tile.runs.stride + i, n...);
     });
   const P pivots = finite_or_zero(P::broadcast(sum(sampled) / S(sample)));
-  P d1[kColumn] = {}, d2[kColumn] = {};
+  P d1[kAtOnce<P>] = {}, d2[kAtOnce<P>] = {};
   for_each([&](int k, P x, auto... n) {
     P d = x - pivots;
-    ((d = keep(d, (1u << n) - 1)), ...);
+    ((d = keep(d, lanes_of<P>((1u << n) - 1))), ...);
     d1[k] = d1[k] + d;
     d2[k] = fma(d, d, d2[k]);
   });
@@ -62,48 +67,63 @@ void stats_planes(const StatsTile& tile) {
 }
 
 template <typename T>
-void stats_rows(const StatsTile& tile) {
+using StatsSlice = Slice<PackOf<T>, 3, 0>;
+
+template <typename T>
+void stats_rows(const StatsTile& tile, int64_t first, int64_t n_channels) {
   using S = StatisticsOf<T>;
-  using P = Pack<S>;
-  const int64_t n_channels = tile.runs.length, block = rows_a_block(tile.runs);
-  for (int64_t c = 0; c < n_channels; ++c) tile.sum[c] = tile.m2[c] = 0;
+  using P = PackOf<T>;
+  const int64_t block = rows_a_block(tile.runs), stride = tile.runs.stride;
+  double *sum = tile.sum + first, *m2 = tile.m2 + first;
+  for (int64_t c = 0; c < n_channels; ++c) sum[c] = m2[c] = 0;
+  StatsSlice<T> slice;
+  auto& [pivots, d1, d2] = slice.sums;
   for (int64_t row = 0; row < tile.runs.count; row += block) {
     const int64_t rows = row + block < tile.runs.count ? block : tile.runs.count - row;
     const int64_t sample = rows < 64 ? (rows + 7) / 8 : 8;
-    const T* x = static_cast<const T*>(tile.x) + row * n_channels;
-    const Merge merge{double(row), double(rows)};
-    for_each_column<P::kLanes>(n_channels, [&](int64_t c, auto packs, auto... n) {
-      constexpr int kPacks = packs;
-      constexpr int kLanes = kPacks * P::kLanes;
-      P pivot[kPacks] = {}, d1[kPacks] = {}, d2[kPacks] = {};
-      for (int64_t r = 0; r < sample; ++r)
-        for (int k = 0; k < kPacks; ++k)
-          pivot[k] = pivot[k] + load(x + r * n_channels + c + k * P::kLanes, n...);
-      for (int k = 0; k < kPacks; ++k)
-        pivot[k] = finite_or_zero(pivot[k] * P::broadcast(S(1) / S(sample)));
-      for (int64_t r = 0; r < rows; ++r) {
-        prefetch_column<kLanes>(x + (r + block) * n_channels + c);
-        for (int k = 0; k < kPacks; ++k) {
-          const P d = load(x + r * n_channels + c + k * P::kLanes, n...) - pivot[k];
-          d1[k] = d1[k] + d;
-          d2[k] = fma(d, d, d2[k]);
-        }
-      }
-      S lanes[3][kLanes];
-      std::memcpy(lanes[0], pivot, sizeof(pivot));
-      std::memcpy(lanes[1], d1, sizeof(d1));
-      std::memcpy(lanes[2], d2, sizeof(d2));
-      int valid = kLanes;
-      ((valid = n), ...);
-      for (int l = 0; l < valid; ++l)
-        merge_block(merge, tile.sum[c + l], tile.m2[c + l], lanes[0][l], lanes[1][l], lanes[2][l]);
+    const T* x = static_cast<const T*>(tile.x) + row * stride + first;
+    for_each_pack<P::kLanes>(n_channels, [&](int64_t c, auto... n) {
+      P pivot = {};
+      for (int64_t r = 0; r < sample; ++r) pivot = pivot + load(x + r * stride + c, n...);
+      store_lanes(pivots + c, finite_or_zero(pivot * P::broadcast(S(1) / S(sample))));
+      store_lanes(d1 + c, P{});
+      store_lanes(d2 + c, P{});
     });
+    for_each_pack_of_rows<P, sizeof(T) == 2 ? 8 : 1>(
+        rows, n_channels,
+        [&](int64_t r, auto n_rows, int64_t c, auto packs, auto... n)
+            __attribute__((always_inline)) {
+              constexpr int kPacks = packs;
+              P pivot[kPacks], sum1[kPacks], sum2[kPacks];
+              for (int k = 0; k < kPacks; ++k) {
+                pivot[k] = load_lanes<P>(pivots + c + k * P::kLanes);
+                sum1[k] = load_lanes<P>(d1 + c + k * P::kLanes);
+                sum2[k] = load_lanes<P>(d2 + c + k * P::kLanes);
+              }
+              for (int64_t some = 0; some < n_rows; ++some)
+                for (int k = 0; k < kPacks; ++k) {
+                  const T* p = x + (r + some) * stride + c + k * P::kLanes;
+                  prefetch_ahead<P::kLanes>(p);
+                  const P d = load(p, n...) - pivot[k];
+                  sum1[k] = sum1[k] + d;
+                  sum2[k] = fma(d, d, sum2[k]);
+                }
+              for (int k = 0; k < kPacks; ++k) {
+                store_lanes(d1 + c + k * P::kLanes, sum1[k]);
+                store_lanes(d2 + c + k * P::kLanes, sum2[k]);
+              }
+            });
+    const Merge merge{double(row), double(rows)};
+    for (int64_t c = 0; c < n_channels; ++c)
+      merge_block(merge, sum[c], m2[c], pivots[c], d1[c], d2[c]);
   }
 }
 
 template <typename T>
 void stats(const StatsTile& tile) {
-  tile.runs.per_lane ? stats_rows<T>(tile) : stats_planes<T>(tile);
+  if (!tile.runs.per_lane) return stats_planes<T>(tile);
+  for_each_slice<StatsSlice<T>::kMost>(
+      tile.runs.length, [&](int64_t first, int64_t n) { stats_rows<T>(tile, first, n); });
 }
 
 }  // namespace fusedskip::cpu::FUSEDSKIP_ISA
