@@ -21,8 +21,10 @@
 #endif
 
 // GCC's own AVX-512 headers start from a register that they leave undefined on purpose.
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 
 #define FUSEDSKIP_ISA avx512
 #define FUSEDSKIP_AVX512

@@ -50,7 +50,9 @@ class BackwardNorm {
 
   // Of the lanes from that of channel c on.
   Affine affine(int64_t c) const {
-    return {mean_ + c, scale_ + c, bias_ + c, args_.training ? k2_ + c : nullptr, k3_ + c};
+    const bool training = args_.training;
+    return {mean_ + c, scale_ + c, bias_ + c, training ? k2_ + c : nullptr,
+            training ? k3_ + c : nullptr};
   }
 
  private:

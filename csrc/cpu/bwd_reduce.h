@@ -40,11 +40,12 @@ void bwd_reduce_planes(const BwdReduceTile& tile) {
   }
 }
 
+constexpr int coefficients_of(Gate gate, bool dual) {
+  return dual ? 2 : gate == Gate::kRecompute ? 3 : 1;
+}
+
 template <typename T, Gate kGate, bool kDual>
-using ReduceSlice = Slice<PackOf<T>, kDual ? 3 : 2,
-                          kDual                       ? 2
-                          : kGate == Gate::kRecompute ? 3
-                                                      : 1>;
+using ReduceSlice = Slice<PackOf<T>, kDual ? 3 : 2, coefficients_of(kGate, kDual)>;
 
 template <typename T, Gate kGate, bool kDual>
 void bwd_reduce_rows(const BwdReduceTile& tile, int64_t first, int64_t n_channels) {
@@ -65,35 +66,38 @@ void bwd_reduce_rows(const BwdReduceTile& tile, int64_t first, int64_t n_channel
     const T* residual = static_cast<const T*>(tile.residual) + (kDual ? row * stride : 0);
     const uint8_t* mask = kGate == Gate::kMask ? tile.mask + row * tile.runs.mask_stride : nullptr;
     for_each_pack_of_rows<P, kRows>(
-        rows, n_channels,
-        [&](int64_t r, auto n_rows, int64_t c, auto packs, auto... n)
-            __attribute__((always_inline)) {
-              constexpr int kPacks = packs;
-              P total[kSums][kPacks];
-              for (int s = 0; s < kSums; ++s)
-                for (int k = 0; k < kPacks; ++k)
-                  total[s][k] = load_lanes<P>(slice.sums[s] + c + k * P::kLanes);
-              for (int64_t some = 0; some < n_rows; ++some)
-                for (int k = 0; k < kPacks; ++k) {
-                  const int64_t i = first + c + k * P::kLanes, o = (r + some) * stride;
-                  prefetch_ahead<P::kLanes>(dout + o + i);
-                  prefetch_ahead<P::kLanes>(x + o + i);
-                  if constexpr (kDual) prefetch_ahead<P::kLanes>(residual + o + i);
-                  const P centred = load(x + o + i, n...) - gated.mean.at(i, n...);
-                  const P g =
-                      gated(dout + o, centred, mask + (r + some) * tile.runs.mask_stride, i, n...);
-                  total[0][k] = total[0][k] + g;
-                  total[1][k] = fma(g, centred, total[1][k]);
-                  if constexpr (kDual)
-                    total[2][k] = fma(g, load(residual + o + i, n...) - residual_mean.at(i, n...),
-                                      total[2][k]);
-                }
-              for (int s = 0; s < kSums; ++s)
-                for (int k = 0; k < kPacks; ++k)
-                  store_lanes(slice.sums[s] + c + k * P::kLanes, total[s][k]);
-            });
+        rows, n_channels, stride,
+        [&](int64_t first_row, auto rows_at_once, int64_t c, auto packs,
+            auto... n) __attribute__((always_inline)) {
+          constexpr int kPacks = packs;
+          P total[kSums][kPacks];
+          for (int s = 0; s < kSums; ++s)
+            for (int k = 0; k < kPacks; ++k)
+              total[s][k] = load_lanes<P>(slice.numbers[s] + c + k * P::kLanes);
+          for (int64_t next = 0; next < rows_at_once; ++next) {
+            const int64_t r = first_row + next, start = r * stride;
+            const uint8_t* mask_row =
+                kGate == Gate::kMask ? mask + r * tile.runs.mask_stride : nullptr;
+            for (int k = 0; k < kPacks; ++k) {
+              const int64_t i = first + c + k * P::kLanes;
+              prefetch_ahead<P::kLanes>(dout + start + i);
+              prefetch_ahead<P::kLanes>(x + start + i);
+              if constexpr (kDual) prefetch_ahead<P::kLanes>(residual + start + i);
+              const P centred = load(x + start + i, n...) - gated.mean.at(i, n...);
+              const P g = gated(dout + start, centred, mask_row, i, n...);
+              total[0][k] = total[0][k] + g;
+              total[1][k] = fma(g, centred, total[1][k]);
+              if constexpr (kDual)
+                total[2][k] = fma(g, load(residual + start + i, n...) - residual_mean.at(i, n...),
+                                  total[2][k]);
+            }
+          }
+          for (int s = 0; s < kSums; ++s)
+            for (int k = 0; k < kPacks; ++k)
+              store_lanes(slice.numbers[s] + c + k * P::kLanes, total[s][k]);
+        });
     for (int s = 0; s < kSums; ++s)
-      for (int64_t c = 0; c < n_channels; ++c) tile.sums[s][first + c] += slice.sums[s][c];
+      for (int64_t c = 0; c < n_channels; ++c) tile.sums[s][first + c] += slice.numbers[s][c];
   }
 }
 

@@ -2,6 +2,7 @@
 // channel's run, or loaded lane by lane along a row.
 
 #pragma once
+
 #include "kernels.h"
 #include "vec.h"
 
@@ -61,18 +62,19 @@ inline void for_each_pack_in_turn(int64_t length, Body body) {
 template <typename P>
 inline constexpr int kAtOnce = P::kVectors > 2 ? 1 : 4 / P::kVectors;
 
-// A slice of rows' channels: as many as have their sums in L1, beside so many coefficients.
-template <typename P, int kSums, int kCoefficients>
+// Numbers of the channels of a slice of rows: of as many as stay in L1, beside some coefficients.
+template <typename P, int kNumbers, int kCoefficients>
 struct alignas(64) Slice {
   using S = typename P::Scalar;
   static constexpr int64_t kBytes = 24 << 10;
-  static constexpr int64_t kMost = kBytes / ((kSums + kCoefficients) * sizeof(S)) / 64 * 64;
+  static constexpr int64_t kMost = kBytes / ((kNumbers + kCoefficients) * sizeof(S)) / 64 * 64;
+  static_assert(kMost % P::kLanes == 0 && kMost * sizeof(S) % 64 == 0);
 
-  S sums[kSums][kMost];
+  S numbers[kNumbers][kMost];
 
   void clear(int64_t n_channels) {
-    for (auto& sum : sums)
-      for (int64_t i = 0; i < n_channels; i += P::kLanes) store_lanes(sum + i, P{});
+    for (auto& number : numbers)
+      for (int64_t i = 0; i < n_channels; i += P::kLanes) store_lanes(number + i, P{});
   }
 };
 
@@ -83,26 +85,30 @@ inline void for_each_slice(int64_t n_channels, Body body) {
     body(first, n_channels - first < kMost ? n_channels - first : kMost);
 }
 
-// Calls body(row, some rows, i, packs at once, n...) over a block of rows.
+// Calls body(first row, rows at once, i, packs at once, n...) over `length` lanes of a block of
+// rows.
 //
-// Rows are walked as they lie in memory, which is what hardware fetches ahead best, kRows at once:
-// more than one where to add to sums in L1 takes longer than to read a row. Down columns of 128
-// bytes, their sums in registers, bwd_reduce at 32x512x28x28 took 1.2 (fp32) to 2 times (bf16) as
-// long. But rows no longer than that are such a column.
+// Short rows, and parts of rows, go down columns of packs, their sums in registers. Whole rows are
+// walked as they lie in memory, which is what hardware fetches ahead best, kRows at once: more than
+// one where to add to sums in L1 takes longer than to read a row. Down columns, on two threads of
+// Zen 5, bwd_reduce behind a mask at 32x512x28x28 took 1.3 (fp32) to 1.8 times (bf16) as long.
 template <typename P, int kRows, typename Body>
-inline void for_each_pack_of_rows(int64_t rows, int64_t length, Body body) {
+inline void for_each_pack_of_rows(int64_t rows, int64_t length, int64_t stride, Body body) {
   constexpr std::integral_constant<int, 1> kOne;
   constexpr std::integral_constant<int, kAtOnce<P>> kColumn;
   int64_t row = 0;
-  const auto walk = [&](auto some, auto packs) {
-    for (; row + some <= rows; row += some) {
+  const auto walk = [&](auto rows_at_once, auto packs) {
+    for (; row + rows_at_once <= rows; row += rows_at_once) {
       int64_t i = 0;
-      for (; i + packs * P::kLanes <= length; i += packs * P::kLanes) body(row, some, i, packs);
-      for_each_pack<P::kLanes>(
-          length - i, [&](int64_t rest, auto... n) { body(row, some, i + rest, kOne, n...); });
+      for (; i + packs * P::kLanes <= length; i += packs * P::kLanes)
+        body(row, rows_at_once, i, packs);
+      for_each_pack<P::kLanes>(length - i, [&](int64_t rest, auto... n) {
+        body(row, rows_at_once, i + rest, kOne, n...);
+      });
     }
   };
-  if (length <= kColumn * P::kLanes) return walk(rows, kColumn);
+  const bool is_short = length <= kColumn * P::kLanes, is_part = kRows == 1 && length < stride;
+  if (is_short || is_part) return walk(rows, kColumn);
   walk(std::integral_constant<int, kRows>(), kOne);
   if constexpr (kRows > 1) walk(kOne, kOne);
 }
@@ -148,7 +154,7 @@ inline void prefetch(const T* p) {
 }
 
 // A pack 16 KB further on. Hardware fetches rows ahead by itself, but in time only with this:
-// bwd_reduce takes 0.93 of the time.
+// bwd_reduce takes 0.93 of the time by it.
 template <int kLanes, typename T>
 inline void prefetch_ahead(const T* p) {
   constexpr int kLine = 64 / sizeof(T), kAhead = (16 << 10) / sizeof(T);

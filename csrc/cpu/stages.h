@@ -2,7 +2,7 @@
 //
 // The elementwise stages (apply, bwd_apply) do not care about the layout beyond where a coefficient
 // comes from. The reducing stages (stats, bwd_reduce) do: channels-first they fold the lanes at the
-// end of the tile, channels-last they add up row by row.
+// end of the tile, channels-last they add row to row.
 
 #pragma once
 

@@ -81,14 +81,16 @@ struct Tiling {
         per_lane(tensor.n_inner == 1) {
     const View& v = view;
     // 8192 elements stay in L1 for a second look. Rows are many channels at once, and each tile of
-    // them writes its sums for all, in double: few tiles of many rows, yet enough for the
-    // threads.
-    constexpr int64_t kPlaneTile = 8192, kRowTile = 32768, kLeastRows = 64, kMaxRowTiles = 32;
+    // them writes its sums for all, in double, to be merged: 32 tiles, for as many threads, and
+    // only of many rows more. With 128 at 32x512x28x28 bf16 forward and backward took 1.07 of the
+    // time.
+    constexpr int64_t kPlaneTile = 8192, kRowTile = 32768, kMaxRowTiles = 128;
     pieces = 1;
     piece_length = v.n_inner;
     if (per_lane) {
       groups = 1;
-      const int64_t most = std::min(v.n_outer / kLeastRows, v.n_outer * v.n_channels / kRowTile);
+      const int64_t of_rows = std::max(std::min<int64_t>(v.n_outer / 64, 32), v.n_outer / 512);
+      const int64_t most = std::min(of_rows, v.n_outer * v.n_channels / kRowTile);
       const uint64_t n_tiles = std::bit_floor(uint64_t(std::clamp<int64_t>(most, 1, kMaxRowTiles)));
       outer = ceil_div(v.n_outer, int64_t(n_tiles));
       ordered = std::clamp<int64_t>(kRowTile / v.n_channels, 1, v.n_outer);

@@ -153,7 +153,8 @@ inline P keep(P a, Lanes<P> lanes) {
 template <typename P>
 inline uint32_t bits_of(Lanes<P> lanes) {
 #if defined(FUSEDSKIP_AVX512)
-  if constexpr (P::kVectors == 2) return _mm512_kunpackw(lanes.of[1], lanes.of[0]);
+  if constexpr (P::kVectors == 2 && P::kWidth == 16)
+    return _mm512_kunpackw(lanes.of[1], lanes.of[0]);
 #endif
   uint32_t bits = 0;
   for (int i = 0; i < P::kVectors; ++i) {
