@@ -37,11 +37,16 @@ class _Call:
         # A batch without elements has no statistics to average.
         has_statistics = x.numel() > 0 or self.group is not None
         if bn.momentum is None and self._counter is not None and has_statistics:
-            # The cumulative average weighs this batch by 1 / counter, which is on the device:
-            # reading it would wait for that, or break a graph.
-            self._averages = [(r, torch.zeros_like(r)) for r in running if r is not None]
-            running = tuple(batch for _, batch in self._averages) or running
-            self.momentum = 1.0
+            buffers = [r for r in running if r is not None]
+            if any(r.dtype.itemsize == 2 for r in buffers):
+                # As eager does: 16 bits may not hold one batch's variance, nor the counter.
+                self.momentum = 1.0 / (float(self._counter) + 1.0)
+            else:
+                # The cumulative average weighs this batch by 1 / counter, which is on the device:
+                # reading it would wait for that, or break a graph.
+                self._averages = [(r, torch.zeros_like(r)) for r in buffers]
+                running = tuple(batch for _, batch in self._averages) or running
+                self.momentum = 1.0
         self.running_mean, self.running_var = running
 
     def norm(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
@@ -59,6 +64,11 @@ class _Call:
             self.momentum, bn.eps, relu, self.group,
         )  # fmt: skip
 
+    def ask_to_count(self) -> None:
+        """Raise what `count` would raise of a transform that cannot change the counter."""
+        if self._counter is not None:
+            self._counter.add_(0)
+
     def count(self) -> None:
         """Update the counter."""
         if self._counter is None:
@@ -73,6 +83,9 @@ def _run_and_count(
     calls: tuple[_Call, ...], function: Callable[..., Tensor], *arguments: Any
 ) -> Tensor:
     """What the function returns; the calls are counted, unless it has refused its arguments."""
+    if torch._C._are_functorch_transforms_active():  # ahead of the running statistics
+        for call in calls:
+            call.ask_to_count()
     try:
         out = function(*arguments)
     except (TypeError, ValueError, RuntimeError):

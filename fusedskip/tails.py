@@ -10,6 +10,7 @@ patched since the last one is seen. The kernels, by the names that `fusedskip.ex
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -123,9 +124,13 @@ def plan_skip(
 
 
 def may_run(plan: Plan, x: Tensor) -> bool:
-    """Whether nothing forbids bypassing what the plan bypasses; FX is shown the single modules."""
+    """Whether nothing forbids bypassing what the plan bypasses; FX is shown the single modules.
+
+    Only strided tensors: MKLDNN's go from one module to the next as they are.
+    """
     is_called = nn.Module.__call__ is CALL and not _has_any_global_hook()
-    return is_called and isinstance(x, Tensor) and plan.obstacle() is None
+    is_strided = isinstance(x, Tensor) and x.layout is torch.strided
+    return is_called and is_strided and plan.obstacle() is None
 
 
 def kernels(plan: Plan) -> tuple[str, ...]:

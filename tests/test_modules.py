@@ -159,3 +159,18 @@ def test_half_module_and_autocast_like_inputs(backend, device):
         assert (out.double() - want).abs().max() <= torch.finfo(out.dtype).eps / 2 * want.max()
         out.sum().backward()
         assert module.weight.grad.dtype == module.weight.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_cumulative_average_in_16_bits(backend, device, dtype):
+    """Which hold neither the variance of the last batch nor 70 000 batches."""
+    module = fusedskip.BatchNormReLU2d(3, momentum=None, device=device, dtype=dtype)
+    eager = nn.BatchNorm2d(3, momentum=None, device=device, dtype=dtype)
+    for counted, scale in ((0, 1), (1, 1), (2, 300), (70_000, 1)):
+        x = torch.randn(4, 3, 8, 8, device=device).mul(scale).to(dtype)
+        for norm in (module, eager):
+            norm.num_batches_tracked.fill_(counted)
+            norm(x)
+        expected = eager.state_dict()
+        assert expected["running_var"].isfinite().all()
+        torch.testing.assert_close(module.state_dict(), expected)

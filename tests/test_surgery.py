@@ -441,6 +441,14 @@ def test_a_norm_called_fused_and_by_itself_before_backward():
     torch.testing.assert_close(norm.state_dict(), twin.state_dict())
 
 
+def test_mkldnn_tensors_run_eagerly():
+    eager = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()).eval()
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    x = torch.randn(2, 3, 5, 5).to_mkldnn()
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x).to_dense(), eager(x).to_dense())
+
+
 def test_frozen_downsample():
     """The two norms of a tail in different modes: one normalises with running statistics."""
     torch.manual_seed(0)

@@ -58,6 +58,16 @@ def test_grad(compiled_backend, device):
     torch.testing.assert_close(*map(gradients, evaluated_twins(device)))
 
 
+def test_refused_in_training_before_anything_changes(compiled_backend, device):
+    """`functional_call` without the buffers: a transform cannot count in a tensor around it."""
+    norm = fusedskip.BatchNormReLU2d(3, device=device)
+    before = copy.deepcopy(norm.state_dict())
+    x = torch.randn(4, 3, 5, 5, device=device) + 3
+    with pytest.raises(RuntimeError, match="attempted to call in-place"):
+        grad(lambda p: functional_call(norm, p, (x,)).sum())(dict(norm.named_parameters()))
+    torch.testing.assert_close(norm.state_dict(), before)
+
+
 def test_per_sample_gradients(compiled_backend, device):
     x = images(device)
 
