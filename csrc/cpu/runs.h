@@ -4,7 +4,7 @@
 #pragma once
 
 #include "kernels.h"
-#include "vec.h"
+#include "load_store.h"
 
 namespace fusedskip::cpu::FUSEDSKIP_ISA {
 
