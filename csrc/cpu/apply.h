@@ -54,7 +54,7 @@ void apply_runs(const ApplyTile& tile) {
       if constexpr (kRelu == Relu::kFirst) y = relu(y);
       if constexpr (kHasResidual) y = y + residual_term(residual, i, n...);
       if constexpr (kRelu == Relu::kLast) y = relu(y);
-      store_result(tile.runs.streams, out + i, y, n...);
+      store_result(tile.runs.streams, out + i, narrow<T>(y), n...);
     });
   }
   if (tile.runs.streams) order_streams();

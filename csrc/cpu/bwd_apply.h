@@ -48,18 +48,28 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
       if constexpr (kReadsX) {
         if (kGate == Gate::kRecompute || dx) centred = load(x + i, n...) - gated.mean.at(i, n...);
       }
-      const P g = gated(dout, centred, mask, i, n...);
+      // Without a norm of its own dresidual is g, stored as it was loaded: bwd_apply of bf16 out of
+      // L1 takes 0.85 of the time without the conversion.
+      P g;
+      Stored<T> d;
+      if constexpr (kGate == Gate::kRecompute) {
+        g = gated(dout, centred, mask, i, n...);
+        d = narrow<T>(g);
+      } else {
+        d = gated.stored(dout, mask, i, n...);
+        g = widen(d);
+      }
       if (dresidual) {
-        P d = g;
         if constexpr (kDual) {
           P residual_centred = P::broadcast(0);
           if constexpr (kTraining)
             residual_centred = load(residual + i, n...) - residual_gradient.mean.at(i, n...);
-          d = residual_gradient(g, residual_centred, i, n...);
+          d = narrow<T>(residual_gradient(g, residual_centred, i, n...));
         }
         store_result(tile.runs.streams, dresidual + i, d, n...);
       }
-      if (dx) store_result(tile.runs.streams, dx + i, gradient(g, centred, i, n...), n...);
+      if (dx)
+        store_result(tile.runs.streams, dx + i, narrow<T>(gradient(g, centred, i, n...)), n...);
     });
   }
   if (tile.runs.streams) order_streams();

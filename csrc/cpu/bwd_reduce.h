@@ -33,11 +33,9 @@ void bwd_reduce_planes(const BwdReduceTile& tile) {
             sums[2][k] = fma(g, load(residual + i, n...) - residual_mean.all, sums[2][k]);
         });
   }
-  for (int s = 0; s < kSums; ++s) {
-    P total = sums[s][0];
-    for (int k = 1; k < kAccumulators; ++k) total = total + sums[s][k];
-    *tile.sums[s] = double(sum(total));
-  }
+  *tile.sums[0] = fold(sums[0]);
+  *tile.sums[1] = fold(sums[1]);
+  if constexpr (kDual) *tile.sums[2] = fold(sums[2]);
 }
 
 constexpr int coefficients_of(Gate gate, bool dual) {

@@ -13,6 +13,11 @@ using cpu::widen;
 
 using Register = long long __attribute__((vector_size(kVectorBytes)));
 
+// An integer of the size of T.
+template <typename T>
+using WordOf = std::conditional_t<sizeof(T) == 8, int64_t,
+                                  std::conditional_t<sizeof(T) == 4, int32_t, int16_t>>;
+
 // A pack as it lies in memory.
 template <typename T>
 struct Stored {
@@ -168,5 +173,24 @@ inline Stored<T> narrow(PackOf<T> a) {
 }
 
 #endif
+
+// Elements whose bit is not set become 0.
+template <typename T>
+[[gnu::always_inline]] inline Stored<T> keep(Stored<T> a, uint32_t bits) {
+  constexpr int kWidth = kVectorBytes / sizeof(T);
+  for (int i = 0; i < a.kRegisters; ++i) {
+    const uint32_t of_register = bits >> i * kWidth;
+#if defined(FUSEDSKIP_AVX512)
+    if constexpr (sizeof(T) == 8) a.r[i] = _mm512_maskz_mov_epi64(of_register, a.r[i]);
+    if constexpr (sizeof(T) == 4) a.r[i] = _mm512_maskz_mov_epi32(of_register, a.r[i]);
+    if constexpr (sizeof(T) == 2) a.r[i] = _mm512_maskz_mov_epi16(of_register, a.r[i]);
+#else
+    typename Native<WordOf<T>>::type bit;
+    for (int lane = 0; lane < kWidth; ++lane) bit[lane] = WordOf<T>(1) << lane;
+    a.r[i] &= Register((WordOf<T>(of_register) & bit) == bit);
+#endif
+  }
+  return a;
+}
 
 }  // namespace fusedskip::cpu::FUSEDSKIP_ISA

@@ -19,13 +19,20 @@ struct Gated {
   // Of the lanes from element i of the run `dout` on. Those past the run's end are 0.
   template <typename... N>
   P operator()(const T* dout, P centred, const uint8_t* mask, int64_t i, N... n) const {
-    if constexpr (kGate == Gate::kMask)
-      return load_kept(dout + i, load_mask<P::kMaskBytes>(mask, i, n...), n...);
     if constexpr (kGate == Gate::kRecompute) {
       const P y = fma(centred, scale.at(i, n...), bias.at(i, n...));
-      return load_kept(dout + i, exceeds(y, threshold), n...);
+      return keep(widen(in_register(load_stored(dout + i, n...))), exceeds(y, threshold));
     }
-    return load(dout + i, n...);
+    return widen(stored(dout, mask, i, n...));
+  }
+
+  // The same as it lies in memory, where nothing is recomputed.
+  template <typename... N>
+  Stored<T> stored(const T* dout, const uint8_t* mask, int64_t i, N... n) const {
+    if constexpr (kGate == Gate::kMask)
+      return keep(in_register(load_stored(dout + i, n...)),
+                  load_mask<P::kMaskBytes>(mask, i, n...));
+    return load_stored(dout + i, n...);
   }
 };
 

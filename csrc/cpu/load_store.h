@@ -43,8 +43,7 @@ inline Stored<T> load_stored(const T* p, int n) {
 }
 
 template <typename T>
-inline void store(T* p, PackOf<T> a, int n) {
-  const Stored<T> s = narrow<T>(a);
+inline void store(T* p, Stored<T> s, int n) {
 #if defined(FUSEDSKIP_AVX512)
   const uint32_t first = (1u << n) - 1;
   if constexpr (sizeof(T) == 8) _mm512_mask_storeu_epi64(p, first, s.r[0]);
@@ -58,17 +57,15 @@ inline void store(T* p, PackOf<T> a, int n) {
 }
 
 template <typename T>
-inline void store(T* p, PackOf<T> a) {
-  const Stored<T> s = narrow<T>(a);
+inline void store(T* p, Stored<T> s) {
   for (int i = 0; i < s.kRegisters; ++i) reinterpret_cast<InMemory*>(p)[i] = s.r[i];
 }
 
 // A store past the caches, which saves reading the line that it overwrites: to addresses that are
 // whole registers; `order_streams` before another thread may look.
 template <typename T>
-inline void stream(T* p, PackOf<T> a) {
+inline void stream(T* p, Stored<T> s) {
 #if defined(__x86_64__)
-  const Stored<T> s = narrow<T>(a);
   Register* to = reinterpret_cast<Register*>(p);
   for (int i = 0; i < Stored<T>::kRegisters; ++i) {
 #if defined(FUSEDSKIP_AVX512)
@@ -80,7 +77,7 @@ inline void stream(T* p, PackOf<T> a) {
 #endif
   }
 #else
-  store(p, a);
+  store(p, s);
 #endif
 }
 
@@ -95,28 +92,14 @@ inline PackOf<T> load(const T* p, N... n) {
   return widen(load_stored(p, n...));
 }
 
-// keep(load(p), lanes). In a register first: compilers would make a masked load of both, with which
-// Zen 5 reads no more than two thirds of what it else does.
-template <typename T, typename... N>
-inline PackOf<T> load_kept(const T* p, Lanes<PackOf<T>> lanes, N... n) {
-  Stored<T> a = load_stored(p, n...);
+// Between a load and `keep`: compilers would make a masked load of both, with which Zen 5 reads no
+// more than two thirds of what it else does.
+template <typename T>
+[[gnu::always_inline]] inline Stored<T> in_register(Stored<T> a) {
 #if defined(FUSEDSKIP_AVX512)
   asm("" : "+v"(a.r[0]));
 #endif
-  return keep(widen(a), lanes);
-}
-
-// The same by bits: those of 16-bit elements before they are widened, which is half the work.
-template <typename T, typename... N>
-[[gnu::always_inline]] inline PackOf<T> load_kept(const T* p, uint32_t bits, N... n) {
-#if defined(FUSEDSKIP_AVX512)
-  if constexpr (sizeof(T) == 2) {
-    Stored<T> a = load_stored(p, n...);
-    asm("" : "+v"(a.r[0]));
-    return widen(Stored<T>{_mm512_maskz_mov_epi16(bits, a.r[0])});
-  }
-#endif
-  return load_kept(p, lanes_of<PackOf<T>>(bits), n...);
+  return a;
 }
 
 // Numbers as they are computed with, for the lanes of a P, which may be more than a pack of them.

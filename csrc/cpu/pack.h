@@ -24,14 +24,8 @@ inline constexpr int kVectorBytes = 16;
 #endif
 
 template <typename S>
-struct Native;
-template <>
-struct Native<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct Native<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
+struct Native {
+  typedef S type __attribute__((vector_size(kVectorBytes)));
 };
 
 // kVectors registers of numbers that are computed with.

@@ -57,6 +57,14 @@ inline void for_each_pack_in_turn(int64_t length, Body body) {
   if (i < length) body(kAccumulators - 1, i, int(length - i));
 }
 
+// All lanes of the accumulators of a sum. Not in a loop over sums: they would lie in memory.
+template <typename P, int kAccumulators>
+inline double fold(const P (&sums)[kAccumulators]) {
+  P all = sums[0];
+  for (int k = 1; k < kAccumulators; ++k) all = all + sums[k];
+  return double(sum(all));
+}
+
 // Packs at once, so that their accumulators hide the latency of an add: 4 cycles at up to 2 a
 // cycle, halved by the loads they wait for.
 template <typename P>
@@ -162,12 +170,12 @@ inline void prefetch_ahead(const T* p) {
 }
 
 template <typename T>
-inline void store_result(bool streams, T* p, PackOf<T> a) {
+inline void store_result(bool streams, T* p, Stored<T> a) {
   streams ? stream(p, a) : store(p, a);
 }
 
 template <typename T>
-inline void store_result(bool, T* p, PackOf<T> a, int n) {
+inline void store_result(bool, T* p, Stored<T> a, int n) {
   store(p, a, n);
 }
 

@@ -39,12 +39,6 @@ void stats_planes(const StatsTile& tile) {
                                                    });
     }
   };
-  const auto fold = [](const P(&a)[kAtOnce<P>]) {
-    P all = a[0];
-    for (int k = 1; k < kAtOnce<P>; ++k) all = all + a[k];
-    return double(sum(all));
-  };
-
   constexpr int64_t kSample = 512;
   const int64_t length = tile.runs.length < kSample ? tile.runs.length : kSample;
   P sampled = {};
