@@ -90,7 +90,8 @@ struct Tiling {
     // time.
     constexpr int64_t kPlaneTile = 8192, kRowTile = 32768, kMaxRowTiles = 128;
     // As many channels as stay in L2 beside what else is read and written: the second stage then
-    // goes through pages in order. NCHW 7x7 takes 0.6 (bf16) and 0.7 (fp32) of the time by it.
+    // goes through pages in order. Of tensors out of memory NCHW 7x7 takes 0.65 of the time by it,
+    // out of L3 0.85.
     constexpr int64_t kBlock = 128 << 10;
     pieces = 1;
     piece_length = v.n_inner;
