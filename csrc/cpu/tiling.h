@@ -91,8 +91,9 @@ struct Tiling {
     constexpr int64_t kPlaneTile = 8192, kRowTile = 32768, kMaxRowTiles = 128;
     // As many channels as stay in L2 beside what else is read and written: the second stage then
     // goes through pages in order. Of tensors out of memory NCHW 7x7 takes 0.65 of the time by it,
-    // out of L3 0.85.
-    constexpr int64_t kBlock = 128 << 10;
+    // out of L3 0.85, where batches are so small that it finds most of a page in one piece; at a
+    // batch of 256, with 10 elements at once, it would take 1.3 to 3.4.
+    constexpr int64_t kBlock = 128 << 10, kPiece = 3 << 10;
     pieces = 1;
     piece_length = v.n_inner;
     if (per_lane) {
@@ -111,7 +112,8 @@ struct Tiling {
       pieces = ceil_div(v.n_inner, piece_length);
       ordered = std::clamp<int64_t>(kPlaneTile / v.n_inner, 1, v.n_channels);
       const int64_t in_block = kBlock / (v.n_outer * v.n_inner * bytes(dtype));
-      block = pieces > 1 ? 1 : std::clamp<int64_t>(in_block, 1, v.n_channels);
+      block = std::clamp<int64_t>(in_block, 1, v.n_channels);
+      if (pieces > 1 || block * v.n_inner * bytes(dtype) < kPiece) block = 1;
     }
     tiles = ceil_div(v.n_outer, outer) * pieces;
     constexpr int64_t kL2 = 2 << 20;
@@ -120,9 +122,10 @@ struct Tiling {
     // is next is fetched meanwhile: as far in the next plane, by which bf16 forward at 32x256x56x56
     // takes 0.6 of the time, fp32 0.9; or of small planes the next channel, as each page is walked
     // from channel to channel, by which bf16 stats at 32x512x28x28 takes 0.55.
-    constexpr int64_t kAhead = 256, kSmallPlane = 1024;
+    constexpr int64_t kAhead = 256, kSmallPlane = 2 << 10;
+    const bool small_planes = v.n_inner * bytes(dtype) < kSmallPlane;
     prefetch = per_lane || pieces > 1 || !large ? 0
-               : v.n_inner < kSmallPlane        ? std::max(v.n_inner, kAhead)
+               : small_planes                   ? std::max(v.n_inner, kAhead)
                                                 : v.n_channels * v.n_inner;
     // A result larger than L2 will be gone from it before it is read. Written past the caches it
     // saves reading the lines that it overwrites: fp32 forward and backward at 32x256x56x56 take
