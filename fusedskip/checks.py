@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-_DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-
-def _dtypes_of_vectors(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """Those of the parameters and buffers that go with activations of a dtype."""
-    return (dtype,) if dtype in _DTYPES[:2] else (dtype, torch.float32)
+# Of activations, and those of the parameters and buffers that go with each.
+_DTYPES = {
+    torch.float64: (torch.float64,),
+    torch.float32: (torch.float32,),
+    torch.bfloat16: (torch.bfloat16, torch.float32),
+    torch.float16: (torch.float16, torch.float32),
+}
 
 
 def check_activation(x: Tensor) -> None:
@@ -74,7 +75,7 @@ def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
             f"{name}: expected shape ({x.shape[1]},) for x of shape {tuple(x.shape)}, "
             f"got {tuple(vector.shape)}"
         )
-    if vector.dtype not in (dtypes := _dtypes_of_vectors(x.dtype)):
+    if vector.dtype not in (dtypes := _DTYPES[x.dtype]):
         expected = " or ".join(map(str, dtypes))
         return TypeError(
             f"{name}: expected dtype {expected} for x of {x.dtype}, got {vector.dtype}"
@@ -84,7 +85,7 @@ def _channel_vector_error(name: str, vector: Tensor, x: Tensor) -> Exception:
 
 def check_channel_vectors(x: Tensor, **vectors: Tensor | None) -> None:
     """Raise `TypeError` or `ValueError` unless each is one number a channel of `x`, or None."""
-    channels, device, dtypes = x.shape[1:2], x.device, _dtypes_of_vectors(x.dtype)
+    channels, device, dtypes = x.shape[1:2], x.device, _DTYPES[x.dtype]
     for name, vector in vectors.items():
         if vector is not None and not (
             isinstance(vector, Tensor)

@@ -88,7 +88,7 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     if backend == "eager":
         return reference.bias_add_relu(x, residual, bias)
     if needs_grad:
-        return autograd.BiasAddReLU.apply(*_distinct(x, residual, bias), backend)
+        return _apply(autograd.BiasAddReLU, (x, residual, bias), backend)
     x = dense(x)
     residual = laid_out_like(residual, x)
     return autograd.bias_add_relu_forward(backend, x, residual, bias, save_mask=False)[0]
@@ -223,8 +223,8 @@ def cat_batch_norm_relu(
     backend = _choose(x, _needs_grad(x, skip, weight, bias), training, norm[:4])
     if backend == "eager":
         return reference.cat_batch_norm_relu(x, skip, *norm)
-    differentiable = _distinct(x, skip, weight, bias)
-    return autograd.CatBatchNormReLU.apply(*differentiable, *norm[:2], *norm[4:], backend)
+    differentiable = (x, skip, weight, bias)
+    return _apply(autograd.CatBatchNormReLU, differentiable, *norm[:2], *norm[4:], backend)
 
 
 @overridable
@@ -292,8 +292,8 @@ def dual_batch_norm_add_relu(
     if backend == "eager":
         return reference.dual_batch_norm_add_relu(x, residual, *running, *parameters, *options)
     if needs_grad:
-        differentiable = _distinct(x, residual, *parameters)
-        return autograd.DualBatchNorm.apply(*differentiable, *running, *options, backend)
+        differentiable = (x, residual, *parameters)
+        return _apply(autograd.DualBatchNorm, differentiable, *running, *options, backend)
     x = dense(x)
     return KERNELS[backend].dual_batch_norm(
         x, laid_out_like(residual, x), weight, bias, running_mean, running_var,
@@ -310,7 +310,7 @@ def _add_relu(x: Tensor, residual: Tensor, relu_first: bool) -> Tensor:
     if backend == "eager":
         return (reference.relu_add if relu_first else reference.add_relu)(x, residual)
     if needs_grad:
-        return autograd.AddReLU.apply(*_distinct(x, residual), relu_first, backend)
+        return _apply(autograd.AddReLU, (x, residual), relu_first, backend)
     x = dense(x)
     return KERNELS[backend].add_relu(x, laid_out_like(residual, x), relu_first, False)[0]
 
@@ -335,8 +335,8 @@ def _batch_norm(
             x, residual, running_mean, running_var, weight, bias, training, momentum, eps, relu
         )
     if needs_grad:
-        return autograd.BatchNorm.apply(
-            *_distinct(x, residual, weight, bias), running_mean, running_var,
+        return _apply(
+            autograd.BatchNorm, (x, residual, weight, bias), running_mean, running_var,
             training, momentum, eps, relu, backend,
         )  # fmt: skip
     x = dense(x)
@@ -346,14 +346,20 @@ def _batch_norm(
     )[0]
 
 
-def _distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """These tensors, or views of those seen before: dynamo gives no Function one of them twice."""
-    if not torch.compiler.is_compiling():
-        return tensors
-    return tuple(
-        t.view_as(t) if t is not None and any(t is earlier for earlier in tensors[:i]) else t
-        for i, t in enumerate(tensors)
-    )
+def _apply(
+    function: type[torch.autograd.Function], tensors: tuple[Tensor | None, ...], *options: Any
+) -> Tensor:
+    """`function.apply`: the differentiable arguments, then the others."""
+    if torch.compiler.is_compiling():
+        # Dynamo gives no Function one tensor twice: a view stands for it from the second time on.
+        tensors = tuple(
+            t.view_as(t) if t is not None and any(t is earlier for earlier in tensors[:i]) else t
+            for i, t in enumerate(tensors)
+        )
+        return function.apply(*tensors, *options)
+    # Past what `Function.apply` does for torch.func, whose transforms run eagerly: of the 17 us of
+    # a small call that takes 2.
+    return super(torch.autograd.Function, function).apply(*tensors, *options)  # type: ignore[misc]
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:

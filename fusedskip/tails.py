@@ -83,7 +83,7 @@ class Plan(NamedTuple):
             if not is_plain(module):
                 has_hooks = any(module.__dict__[hooks] for hooks in _HOOKS)
                 return module, "has hooks" if has_hooks else "has a forward of its own"
-        if self.norm is not None:
+        if self.norm is not None and (self.shortcut or self.shortcut_norm is not None):
             # Eager calls the whole branch first; here the shortcut's steps are ahead of its norm.
             steps = [self.shortcut_norm, *(step for step, _ in self.shortcut)]
             after = (m for step in steps if isinstance(step, nn.Module) for m in step.modules())
@@ -231,17 +231,25 @@ def is_exactly(kind: type[nn.Module] | tuple[type[nn.Module], ...], *modules: nn
     return not _has_any_global_hook() and all(type(m) in kinds and is_plain(m) for m in modules)
 
 
-def children(module: nn.Module, names: tuple[str, ...] | None) -> list[nn.Module | None]:
-    """The children of these names, or all of them; a function may stand for one."""
+def children(module: nn.Module, names: tuple[str | None, ...] | None) -> list[nn.Module | None]:
+    """The children of these names, or all of them; a function may stand for one.
+
+    What has no name, or is not there, is None.
+    """
     modules = module._modules
     if names is None:
         return list(modules.values())
-    return [modules[name] if name in modules else module.__dict__.get(name) for name in names]
+    return [
+        modules[name] if name in modules else module.__dict__.get(name)  # type: ignore[arg-type]
+        for name in names
+    ]
 
 
 def resembles_norm(module: nn.Module) -> bool:
     """Whether a module is a norm of whatever kind, going by its name."""
     kind = type(module)
+    if kind in NORMS:
+        return True
     return "Norm" in kind.__name__ and kind not in CHAINS and not issubclass(kind, nn.Sequential)
 
 
@@ -251,7 +259,8 @@ def is_plain(module: nn.Module) -> bool:
     for hooks in _HOOKS:
         if len(attributes[hooks]):
             return False
-    kind = getattr(kind, "_fused_replaces", kind)
+    if kind not in FORWARDS:
+        kind = getattr(kind, "_fused_replaces", kind)
     forward = kind.forward
     # Of keys, dynamo guards that none is added.
     return "forward" not in attributes.keys() and forward is FORWARDS.get(kind, forward)  # noqa: SIM118

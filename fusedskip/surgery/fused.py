@@ -142,6 +142,8 @@ class FusedSkip(Fused):
         _fused_inplace: whether eager adds in place, so that the sum has dtype and shape of the
             branch.
         _fused_shortcut_first: whether eager calls the shortcut ahead of the branch.
+        _fused_children: the names of all of these.
+        _fused_norms: which of the branch the library calls norms.
     """
 
     _fused_branch: ClassVar[tuple[str, ...]]
@@ -149,18 +151,26 @@ class FusedSkip(Fused):
     _fused_act: ClassVar[str | None] = None
     _fused_inplace: ClassVar[bool] = True
     _fused_shortcut_first: ClassVar[bool] = False
+    _fused_children: ClassVar[tuple[str | None, ...]]
+    _fused_norms: ClassVar[tuple[int, ...]]
+
+    def __init_subclass__(cls, **fingerprints: str) -> None:
+        super().__init_subclass__(**fingerprints)
+        if fingerprints:
+            cls._fused_children = (*cls._fused_branch, *cls._fused_shortcut, cls._fused_act)
+            cls._fused_norms = tuple(
+                i for i, name in enumerate(cls._fused_branch) if name.startswith(("bn", "norm"))
+            )
 
     @classmethod
     def _fused_plan_of(cls, module: nn.Module) -> Plan:
-        branch = tails.children(module, cls._fused_branch)
-        (act,) = (None,) if cls._fused_act is None else tails.children(module, (cls._fused_act,))
-        plan = tails.plan_skip(branch, tails.children(module, cls._fused_shortcut), act)
+        children, n_branch = tails.children(module, cls._fused_children), len(cls._fused_branch)
+        branch, shortcut, act = children[:n_branch], children[n_branch:-1], children[-1]
+        plan = tails.plan_skip(branch, shortcut, act)
         # What the library calls a norm must be one: it may have been folded into a convolution.
-        for name, child in zip(cls._fused_branch, branch, strict=True):
-            if child is None or not name.startswith(("bn", "norm")):
-                continue
-            if not tails.resembles_norm(child):
-                plan.norms.append(child)
+        for i in cls._fused_norms:
+            if (norm := branch[i]) is not None and not tails.resembles_norm(norm):
+                plan.norms.append(norm)
         return plan
 
     def forward(self, x: Tensor) -> Tensor:
