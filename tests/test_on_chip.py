@@ -113,14 +113,13 @@ def test_refused_by_the_driver(device, function, shape, launched, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot be told to be full")
 def test_no_memory_to_load_a_kernel(device, monkeypatch):
-    """What cannot be asked about it at first is asked again."""
+    """What cannot be asked about it at first is asked again; no kernel is missing for that."""
     problem = make_problem("batch_norm_relu", (7, 64, 4, 8), torch.float16, "nchw", device)
     monkeypatch.setenv("EMULATED_GPU_IS_FULL", "1")
-    assert "emulated" in extension.cuda_error()
+    assert extension.cuda_error() is None
     run(problem)
     assert "two launches" in extension.cuda_launched()
     monkeypatch.delenv("EMULATED_GPU_IS_FULL")
-    assert extension.cuda_error() is None
     run(problem)
     assert extension.cuda_launched() == "one launch, in clusters"
 

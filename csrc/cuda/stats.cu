@@ -24,11 +24,16 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<T, kChannelsLast, kW
 
 }  // namespace
 
-// All were compiled for the same devices.
+// All were compiled for the same devices. That this one could not be loaded, for want of memory or
+// because of a capture, says nothing of that, and passes.
 cudaError_t find_kernels() {
   cudaFuncAttributes kernel;
   const auto any = batch_norm_stats_kernel<float, /*kChannelsLast=*/true, kOctet>;
-  return cleared(cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(any)));
+  const cudaError_t error =
+      cleared(cudaFuncGetAttributes(&kernel, reinterpret_cast<const void*>(any)));
+  const bool passes =
+      error == cudaErrorMemoryAllocation || error == cudaErrorStreamCaptureUnsupported;
+  return passes ? cudaSuccess : error;
 }
 
 cudaError_t stats(const View& view, Dtype dtype, const void* x, const void* residual,
