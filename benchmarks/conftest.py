@@ -1,6 +1,7 @@
 """What the benchmarks share: the environment, interleaved rounds, and the summary at the end."""
 
 import contextlib
+import json
 import operator
 import os
 import resource
@@ -22,6 +23,7 @@ def pytest_addoption(parser):
     parser.addoption("--batch", type=int, help="batch size, instead of each shape's own")
     parser.addoption("--full", action="store_true", help="all cases: hours, not minutes")
     parser.addoption("--launches", action="store_true", help="one launch beside two, on a GPU")
+    parser.addoption("--so-far", help="append each figure to this file as it comes, JSON lines")
 
 
 def pytest_configure(config):
@@ -185,6 +187,10 @@ def measure(benchmark, request):
             )
             benchmark.extra_info |= describe(median, *(median * ratio for ratio in ratios))
             request.config.stash[RESULTS].append(benchmark.extra_info)
+            if so_far := request.config.getoption("--so-far"):
+                line = {"fullname": benchmark.fullname, "extra_info": benchmark.extra_info}
+                with open(so_far, "a") as file:
+                    file.write(json.dumps(line) + "\n")
 
     return measure
 

@@ -2,7 +2,7 @@
 
 It takes the Python that holds torch, and no network. A part that fails does not stop the next, and
 `summary.md` is written anew after each: what was done is there however the run ends. `--parts`
-leaves out all others but for the build, where there is time for some alone.
+leaves out all others but for the build, and gives their time to these.
 """
 
 import argparse
@@ -31,7 +31,15 @@ LEVELS = "ops", "overhead", "blocks", "models"
 BUILD = "install", "build", "backends"
 TUNED_BATCHES = 64, 256
 TUNE = tuple(f"tune-{batch}" for batch in TUNED_BATCHES)
-PARTS = "tests", "memcheck", "racecheck", "benchmarks", "one-launch", *TUNE
+# Those that may end a process each measure by themselves.
+MEASURING = "benchmarks", "triton", "one-launch"
+PARTS = "tests", "memcheck", *MEASURING, "racecheck", *TUNE
+# Seconds from here to the end, whatever the parts: nine minutes, less those that torch takes to
+# be imported on a machine that has just started.
+TOTAL = 530
+# Of the last part that measured, and of all: what pytest-benchmark writes at its end, and each
+# figure as it came.
+LAST, SO_FAR = "last.json", "so-far.jsonl"
 # Seconds of its limit in which a part that is out of time may say how far it came: xdist waits ten
 # for its workers first.
 GRACE = 25
@@ -40,6 +48,12 @@ WITHOUT_GPU = (
     "architecture", "benchmarks", "cuda_*", "distributed", "export", "report", "surgery*",
     "triton_*", "wheel",
 )  # fmt: skip
+
+
+# A test's name may have spaces. Those of a summary are followed by a reason.
+FAILURE = re.compile(
+    r"(?:\[gw\d+\] \[ *\d+%\] )?((?:FAILED|ERROR) ([^\s:]+(?:::.+?)?)(?: - .*)?)\s*$"
+)
 
 
 @dataclass
@@ -86,10 +100,10 @@ class Part:
 
 
 def plan(out: Path) -> list[Part]:
-    """The parts in their order. Nine minutes are the limit of all but tuning, and of that alone."""
+    """The parts in their order. There is time for all but tuning, and for that alone."""
     no_gpu = None if torch.cuda.is_available() else "no CUDA device"
     cores = workers = len(os.sched_getaffinity(0))
-    build = {"FUSEDSKIP_BUILD": "auto", "MAX_JOBS": str(cores)}
+    build = {"FUSEDSKIP_BUILD": "auto" if no_gpu else "cuda", "MAX_JOBS": str(cores)}
     if not no_gpu:
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
         memory = torch.cuda.get_device_properties(0).total_memory
@@ -104,17 +118,25 @@ def plan(out: Path) -> list[Part]:
         argv = [sys.executable, *shlex.split(command)]
         return Part(name, out / log, limit, argv, environment, obstacle)
 
-    def benchmark(name, log, limit, options) -> Part:
+    def benchmark(name, log, limit, json, options) -> Part:
         # With names: the log says which one hangs.
         return part(
             name, log, limit,
-            f"-m pytest -v --benchmark-enable --benchmark-only {options}", no_gpu, **pytest_options,
+            "-m pytest -v --benchmark-enable --benchmark-only "
+            f"--benchmark-json={folder}/{json} {options}",
+            no_gpu, **pytest_options,
+        )  # fmt: skip
+
+    def measure(name: str, limit: int, runners: str) -> Part:
+        return benchmark(
+            name, "bench.txt", limit, LAST,
+            f"{levels} -k '{runners}' --benchmark-max-time=0.2 --so-far={folder}/{SO_FAR}",
         )  # fmt: skip
 
     def sanitize(tool: str) -> Part:
         # No caching: each tensor is an allocation of its own, and a read beyond it is seen.
         sanitized = part(
-            tool, f"{tool}.txt", 40, "-m tests.sanitize", no_gpu or no_sanitizer,
+            tool, "sanitize.txt", 40, "-m tests.sanitize", no_gpu or no_sanitizer,
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )  # fmt: skip
         options = f"--tool={tool} --error-exitcode=1 --target-processes=application-only"
@@ -129,48 +151,56 @@ def plan(out: Path) -> list[Part]:
     ignored = " ".join(f"--ignore-glob=*/test_{name}.py" for name in WITHOUT_GPU)
     return [
         part(
-            "install", "build.txt", 65,
+            "install", "build.txt", 40,
             "-m pip install --quiet --no-index --no-deps --no-build-isolation --editable .",
             FUSEDSKIP_BUILD="none", PIP_DISABLE_PIP_VERSION_CHECK="1",
         ),
         part("build", "build.txt", 65, "setup.py --quiet build_ext --inplace --force", **build),
         part("backends", "build.txt", 40, f"-c {shlex.quote(BACKENDS)}"),
-        # Line by line, so that the log has it even if time is up.
+        # Line by line, so that the log has it even if time is up. Dealt in a way that survives the
+        # end of a worker, as which a fault on the GPU ends: by loadgroup xdist 3.8 waits for ever.
         part(
             "tests", "tests.txt", 140,
-            f"-m pytest tests -n {workers} --dist=loadgroup -v --tb=short {timeout} {ignored}",
+            f"-m pytest tests -n {workers} --dist=load --max-worker-restart=1000 "
+            f"-v --tb=short {timeout} {ignored}",
             no_gpu, OMP_NUM_THREADS="1", FUSEDSKIP_TEST_BACKENDS="cuda triton", **pytest_options,
         ),
         sanitize("memcheck"),
+        measure("benchmarks", 80, "not cuda_on_chip and not triton"),
+        measure("triton", 40, "triton"),
+        # Blocks that wait for each other in vain would take all figures with them.
+        measure("one-launch", 45, "cuda_on_chip"),
         sanitize("racecheck"),
-        benchmark(
-            "benchmarks", "bench.txt", 95,
-            f"{levels} -k 'not cuda_on_chip' --benchmark-max-time=0.2 "
-            f"--benchmark-json={folder}/bench.json",
-        ),
-        # By themselves: blocks that wait for each other in vain would take all figures with them.
-        benchmark(
-            "one-launch", "bench.txt", 55,
-            f"{levels} -k cuda_on_chip --benchmark-max-time=0.2 "
-            f"--benchmark-json={folder}/one-launch.json",
-        ),
         *(
             benchmark(
-                f"tune-{batch}", "tune.txt", 185,
-                f"benchmarks/bench_ops.py --launches --batch={batch} "
-                f"--benchmark-max-time=0.1 --benchmark-json={folder}/launches-{batch}.json",
+                f"tune-{batch}", "tune.txt", 185, f"launches-{batch}.json",
+                f"benchmarks/bench_ops.py --launches --batch={batch} --benchmark-max-time=0.1",
             )
             for batch in TUNED_BATCHES
         ),
     ]  # fmt: skip
 
 
-def merged(paths: tuple[Path, ...]) -> dict | None:
-    """The benchmarks of these files, as one; None where there are none."""
-    measured = [json.loads(p.read_text()) for p in paths if p.exists() and p.stat().st_size]
-    for more in measured[1:]:
-        measured[0]["benchmarks"] += more["benchmarks"]
-    return measured[0] if measured else None
+def collect(out: Path) -> None:
+    """Move what the last part has measured, if it came to its end, into bench.json."""
+    last, whole = out / LAST, out / "bench.json"
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        measured = json.loads(last.read_text())
+        if whole.exists():
+            measured["benchmarks"][:0] = json.loads(whole.read_text())["benchmarks"]
+        whole.write_text(json.dumps(measured))
+    last.unlink(missing_ok=True)
+
+
+def measured_so_far(out: Path) -> dict:
+    """What all parts have measured, those that came to no end, too."""
+    measured = {"benchmarks": []}
+    with contextlib.suppress(FileNotFoundError):
+        measured = json.loads((out / "bench.json").read_text())
+    with contextlib.suppress(FileNotFoundError):
+        lines = (out / SO_FAR).read_text().splitlines()
+        measured["benchmarks"] = [json.loads(line) for line in lines]
+    return measured
 
 
 def output_of(*command: str) -> str:
@@ -193,7 +223,7 @@ def machine() -> dict[str, str]:
     }
 
 
-def summary(machine: dict[str, str], parts: list[Part], results: list[dict]) -> str:
+def summary(machine: dict[str, str], parts: list[Part], measured: dict) -> str:
     """The Markdown: on what, what became of each part, which tests failed, and how fast it was."""
     rows = [
         (part.name, part.result, f"{part.seconds:.0f}", part.last_line.replace("|", "\\|"))
@@ -202,12 +232,12 @@ def summary(machine: dict[str, str], parts: list[Part], results: list[dict]) -> 
     failures = {}  # by test: as it ended, or with the reason, which pytest's summary has
     for log in dict.fromkeys(part.log for part in parts if part.log.exists()):
         for line in log.read_text(errors="replace").splitlines():
-            if said := re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?((?:FAILED|ERROR) (\S+).*)", line):
+            if said := FAILURE.match(line):
                 failures[said[2]] = f"- `{said[1].strip()}`\n"
     text = report.markdown(list(machine), [list(machine.values())])
     text += "\n" + report.markdown(["part", "result", "seconds", "its last line"], rows)
     text += "\n" * bool(failures) + "".join(failures.values())
-    if results:
+    if results := report.results_of(measured):
         bandwidth = max(result.get("copy_gb_s", 0) for result in results)
         text += (
             f"\nMedians. A copy reached up to {bandwidth:.0f} GB/s. GB/s: "
@@ -215,7 +245,7 @@ def summary(machine: dict[str, str], parts: list[Part], results: list[dict]) -> 
             "tensor of the case reached in the same rounds.\n\n"
         )
         text += report.details(results, report.GPU_COLUMNS)
-    return text
+    return text + report.missing(measured)
 
 
 def main() -> int:
@@ -228,9 +258,11 @@ def main() -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     parts = [part for part in plan(out) if part.name in (*BUILD, *options.parts)]
-    facts, files = machine(), (out / "bench.json", out / "one-launch.json")
-    measures = not {"benchmarks", "one-launch"}.isdisjoint(options.parts)
-    for path in {*(files if measures else ()), *(part.log for part in parts)}:
+    facts = machine()
+    files = {out / LAST, *(part.log for part in parts)}
+    if not set(MEASURING).isdisjoint(options.parts):
+        files |= {out / "bench.json", out / SO_FAR}
+    for path in files:
         path.unlink(missing_ok=True)
     for name in ("TRITON_INTERPRET", "FUSEDSKIP_BACKEND"):  # each test names its own backend
         os.environ.pop(name, None)
@@ -240,18 +272,14 @@ def main() -> int:
     # Whatever ends this process ends the part under way; and no part starts with SIGINT ignored.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    deadline = time.monotonic()
+    deadline = time.monotonic() + TOTAL - sum(part.limit for part in parts)
     for part in parts:
         print(f"{part.name} ...", flush=True)
         deadline += part.limit
         part.run(deadline)
-        text = summary(facts, parts, [])
-        if measured := merged(files):
-            text = summary(facts, parts, report.results_of(measured)) + report.missing(measured)
+        collect(out)
+        text = summary(facts, parts, measured_so_far(out))
         (out / "summary.md").write_text(text)
-    if measured:
-        files[0].write_text(json.dumps(measured))
-        files[1].unlink(missing_ok=True)
     print(f"\n{text}\nAll of it is in {out}.")
     if not torch.cuda.is_available():
         print("There is no CUDA device: tests, sanitizers and benchmarks were not run.")

@@ -30,18 +30,15 @@ settings.register_profile(
 settings.load_profile("fusedskip")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for groups, too
 def pytest_collection_modifyitems(items):
     """First what needs a GPU most: `make gpu` may run out of time.
 
-    And before that what one test at a time has room for: a worker of its own begins with it.
+    And before that what one test at a time has room for: what xdist deals to its first worker.
     """
 
     def place(item):
-        needs_much = "much_memory" in item.fixturenames
-        if needs_much:
-            item.add_marker(pytest.mark.xdist_group("much_memory"))
-        return not needs_much, item.path.name not in ("test_gpu.py", "test_on_chip.py")
+        on_gpu = item.path.name in ("test_gpu.py", "test_on_chip.py")
+        return "much_memory" not in item.fixturenames, not on_gpu
 
     items.sort(key=place)
 

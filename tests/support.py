@@ -151,8 +151,9 @@ def make_problem(
     n_skip = 5 if function == CAT else 0
 
     def activation(n_channels=shape[1]):
-        values = torch.randn((shape[0], n_channels, *shape[2:]), dtype=torch.float64)
-        return lay_out(values.to(device, dtype), layout)
+        size = (shape[0], n_channels, *shape[2:])
+        values = torch.randn(size, dtype=torch.float64, device=device)
+        return lay_out(values.to(dtype), layout)
 
     def make(name):
         if name in ("x", "residual"):

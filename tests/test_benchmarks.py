@@ -72,10 +72,13 @@ def test_benchmarks_run_and_report(tmp_path):
         "pytest", "benchmarks/bench_ops.py", "benchmarks/bench_overhead.py",
         "-p", "no:cacheprovider", "--benchmark-enable", "--benchmark-only",
         "--batch=1", "--benchmark-max-time=0.01", f"--benchmark-json={results}", "-k", chosen,
+        f"--so-far={tmp_path / gpu.SO_FAR}",
     )  # fmt: skip
     assert "speed relative to best eager" in printed
     measured = json.loads(results.read_text())["benchmarks"]
     assert all(benchmark["extra_info"]["speed"] > 0 for benchmark in measured)
+    so_far = gpu.measured_so_far(tmp_path)["benchmarks"]
+    assert so_far == [{name: b[name] for name in ("fullname", "extra_info")} for b in measured]
     table = run("benchmarks.report", str(results))
     for passes in runners.PASSES:
         assert f"| batch_norm_relu | 1x512x28x28 | nchw | fp32 | {passes} | cpu |" in table
@@ -97,24 +100,26 @@ def test_part_of_make_gpu(tmp_path):
     assert run("import time; time.sleep(60)", seconds=0.5).result == "failed: out of time"
 
 
-def test_benchmarks_of_make_gpu_in_two_files(tmp_path):
-    """Either may be missing, or empty where a kernel has hung."""
-    paths = tuple(tmp_path / name for name in ("bench.json", "one-launch.json"))
-    assert gpu.merged(paths) is None
-    for number, path in enumerate(paths):
-        path.write_text(json.dumps({"machine_info": number, "benchmarks": [number]}))
-    assert gpu.merged(paths) == {"machine_info": 0, "benchmarks": [0, 1]}
-    paths[0].write_text("")
-    assert gpu.merged(paths) == {"machine_info": 1, "benchmarks": [1]}
+def test_what_make_gpu_has_measured(tmp_path):
+    """Each part's benchmarks join those before; one that came to no end left lines alone."""
+    last, so_far = tmp_path / gpu.LAST, tmp_path / gpu.SO_FAR
+    assert gpu.measured_so_far(tmp_path) == {"benchmarks": []}
+    for written in ({"machine_info": 0, "benchmarks": [0]}, "", {"benchmarks": [1], "more": 2}):
+        last.write_text(json.dumps(written) if written else "")
+        gpu.collect(tmp_path)
+        assert not last.exists()
+    assert gpu.measured_so_far(tmp_path) == {"benchmarks": [0, 1], "more": 2}
+    so_far.write_text("0\n7\n1\n")
+    assert gpu.measured_so_far(tmp_path) == {"benchmarks": [0, 7, 1], "more": 2}
 
 
 def test_parts_of_make_gpu(tmp_path):
-    """Each has a name of its own and time beyond its grace; nine minutes are enough for a run."""
+    """Each has a name of its own and time beyond its grace; there is time for all but tuning."""
     parts = {part.name: part for part in gpu.plan(tmp_path)}
     assert tuple(parts) == (*gpu.BUILD, *gpu.PARTS)
     assert all(part.limit >= gpu.GRACE + 15 for part in parts.values())
     for left_out in (gpu.TUNE, set(gpu.PARTS) - set(gpu.TUNE)):
-        assert sum(part.limit for name, part in parts.items() if name not in left_out) <= 540
+        assert sum(part.limit for name, part in parts.items() if name not in left_out) <= gpu.TOTAL
 
 
 def test_summary_of_make_gpu(tmp_path):
@@ -123,6 +128,9 @@ def test_summary_of_make_gpu(tmp_path):
         "[gw1] [  5%] FAILED tests/test_a.py::test_that \n"
         "[gw0] [100%] FAILED tests/test_a.py::test_this \n"
         "FAILED tests/test_a.py::test_that - assert 0\n1 failed, 7 passed\n"
+        "FAILED tests/test_a.py::test_it[cuda-(32, 64)] - a - b\n"
+        "FAILED tests/test_a.py::test_it[cuda-(32, 128)]\n"
+        "ERROR tests/test_b.py\n"
         "========= ERROR SUMMARY: 0 errors\n"
     )
     parts = [
@@ -137,17 +145,27 @@ def test_summary_of_make_gpu(tmp_path):
         "passes": "both",
     }
     figures = {"ms": 0.5, "gb_s": 2000.0, "copy_gb_s": 2500.0, "copy_share": 0.8}
-    results = [
-        {**case, "runner": "compile", **figures, "speed": 1.5},
-        {**case, "runner": "cuda", **figures, "speed": 1.8},
-    ]
-    text = gpu.summary({"card": "H100", "torch": "2.11"}, parts, results)
+    measured = {
+        "benchmarks": [
+            {
+                "fullname": "benchmarks/bench_ops.py::test_op",
+                "extra_info": {**case, **figures, **its},
+            }
+            for its in ({"runner": "compile", "speed": 1.5}, {"runner": "cuda", "speed": 1.8})
+        ],
+        "unavailable": {"flag_gems": "it is not installed"},
+    }
+    text = gpu.summary({"card": "H100", "torch": "2.11"}, parts, measured)
     for line in (
         "| H100 | 2.11 |",
         "| tests | failed | 3 | 1 failed, 7 passed |",
         "| memcheck | not run: no CUDA device | 0 |  |",
         "\n- `FAILED tests/test_a.py::test_that - assert 0`\n"
-        "- `FAILED tests/test_a.py::test_this`\n",
+        "- `FAILED tests/test_a.py::test_this`\n"
+        "- `FAILED tests/test_a.py::test_it[cuda-(32, 64)] - a - b`\n"
+        "- `FAILED tests/test_a.py::test_it[cuda-(32, 128)]`\n"
+        "- `ERROR tests/test_b.py`\n",
+        "Not measured: `flag_gems` (it is not installed).",
         "A copy reached up to 2500 GB/s.",
         "| add_relu | 8x64 | nchw | bf16 | both | cuda | 500.0 | 2000.0 | 80% | 1.80 | 1.20 |",
     ):
