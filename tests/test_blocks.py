@@ -85,6 +85,34 @@ def test_resnet_options():
         blocks.resnet50(replace_stride_with_dilation=[True])
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
+def test_resnet_with_torchvisions_weights(name, monkeypatch):
+    theirs = getattr(torchvision_resnet, name)()
+    got = []
+
+    def get_state_dict(weights, **options):  # no network
+        got.append((str(weights), options))
+        return theirs.state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", get_state_dict)
+    build, weights = getattr(blocks, name), torchvision.models.get_model_weights(name)
+    for given, options in (
+        ("DEFAULT", {"progress": False, "num_classes": 1000}),
+        (weights.IMAGENET1K_V1, {}),
+    ):
+        ours = build(weights=given, **options)
+        for key, value in theirs.state_dict().items():
+            assert torch.equal(ours.state_dict()[key], value)
+    assert got == [
+        (str(weights.DEFAULT), {"progress": False, "check_hash": True}),
+        (str(weights.IMAGENET1K_V1), {"progress": True, "check_hash": True}),
+    ]
+    with pytest.raises(ValueError, match="num_classes: expected 1000"):
+        build(weights="DEFAULT", num_classes=10)
+    with pytest.raises(KeyError):
+        build(weights="IMAGENET2K")
+
+
 def test_torchvision_resnet_takes_our_blocks():
     for ours, theirs, layers in (
         (blocks.BasicBlock, torchvision_resnet.BasicBlock, [1, 1, 1, 1]),

@@ -1,7 +1,7 @@
 """torchvision's ResNets and their blocks."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -207,26 +207,61 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def resnet18(**kwargs: object) -> ResNet:
-    """ResNet-18; keyword arguments go to `ResNet`."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), **kwargs)  # type: ignore[arg-type]
+def _resnet(
+    name: str,
+    block: type[BasicBlock] | type[Bottleneck],
+    layers: Sequence[int],
+    weights: Any,
+    progress: bool,
+    options: dict[str, Any],
+) -> ResNet:
+    if weights is None:
+        return ResNet(block, layers, **options)
+    from torchvision.models import get_model_weights
+
+    weights = get_model_weights(name).verify(weights)
+    num_classes = len(weights.meta["categories"])
+    if options.setdefault("num_classes", num_classes) != num_classes:
+        raise ValueError(
+            f"num_classes: expected {num_classes}, which the weights are for, "
+            f"got {options['num_classes']}"
+        )
+    model = ResNet(block, layers, **options)
+    model.load_state_dict(weights.get_state_dict(progress=progress, check_hash=True))
+    return model
 
 
-def resnet34(**kwargs: object) -> ResNet:
-    """ResNet-34; keyword arguments go to `ResNet`."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), **kwargs)  # type: ignore[arg-type]
+def resnet18(*, weights: Any = None, progress: bool = True, **options: Any) -> ResNet:
+    """ResNet-18, as `torchvision.models.resnet18` builds it.
+
+    Args:
+        weights: torchvision's, such as `"DEFAULT"` or `ResNet18_Weights.IMAGENET1K_V1`, which it
+            downloads; None for random ones.
+        progress: whether to show that.
+        options: go to `ResNet`.
+
+    Raises:
+        ImportError: `weights` without torchvision.
+        ValueError: another `num_classes` than that of the weights.
+    """
+    return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, options)
 
 
-def resnet50(**kwargs: object) -> ResNet:
-    """ResNet-50; keyword arguments go to `ResNet`."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), **kwargs)  # type: ignore[arg-type]
+def resnet34(*, weights: Any = None, progress: bool = True, **options: Any) -> ResNet:
+    """ResNet-34; see `resnet18`."""
+    return _resnet("resnet34", BasicBlock, (3, 4, 6, 3), weights, progress, options)
 
 
-def resnet101(**kwargs: object) -> ResNet:
-    """ResNet-101; keyword arguments go to `ResNet`."""
-    return ResNet(Bottleneck, (3, 4, 23, 3), **kwargs)  # type: ignore[arg-type]
+def resnet50(*, weights: Any = None, progress: bool = True, **options: Any) -> ResNet:
+    """ResNet-50; see `resnet18`."""
+    return _resnet("resnet50", Bottleneck, (3, 4, 6, 3), weights, progress, options)
 
 
-def resnet152(**kwargs: object) -> ResNet:
-    """ResNet-152; keyword arguments go to `ResNet`."""
-    return ResNet(Bottleneck, (3, 8, 36, 3), **kwargs)  # type: ignore[arg-type]
+def resnet101(*, weights: Any = None, progress: bool = True, **options: Any) -> ResNet:
+    """ResNet-101; see `resnet18`."""
+    return _resnet("resnet101", Bottleneck, (3, 4, 23, 3), weights, progress, options)
+
+
+def resnet152(*, weights: Any = None, progress: bool = True, **options: Any) -> ResNet:
+    """ResNet-152; see `resnet18`."""
+    return _resnet("resnet152", Bottleneck, (3, 8, 36, 3), weights, progress, options)
