@@ -131,47 +131,50 @@ def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual
     )  # fmt: skip
 
 
+# Their tensor is `input` to who passes it by name, as it is to torch's norms.
+
+
 class _BatchNormReLU(_BatchNorm):
     @leaf
-    def forward(self, x: Tensor) -> Tensor:
-        return apply_norm(self, x, None, relu=True)
+    def forward(self, input: Tensor) -> Tensor:
+        return apply_norm(self, input, None, relu=True)
 
 
 class _BatchNormAddReLU(_BatchNorm):
     @leaf
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        return apply_norm(self, x, residual, relu=True)
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
+        return apply_norm(self, input, residual, relu=True)
 
 
 class BatchNormReLU1d(_BatchNormReLU, nn.BatchNorm1d):
-    """`relu(BatchNorm1d(x))` in one operation; `x` is `(N, C)` or `(N, C, L)`."""
+    """`relu(BatchNorm1d(input))` in one operation; `input` is `(N, C)` or `(N, C, L)`."""
 
 
 class BatchNormReLU2d(_BatchNormReLU, nn.BatchNorm2d):
-    """`relu(BatchNorm2d(x))` in one operation; `x` is `(N, C, H, W)`."""
+    """`relu(BatchNorm2d(input))` in one operation; `input` is `(N, C, H, W)`."""
 
 
 class BatchNormReLU3d(_BatchNormReLU, nn.BatchNorm3d):
-    """`relu(BatchNorm3d(x))` in one operation; `x` is `(N, C, D, H, W)`."""
+    """`relu(BatchNorm3d(input))` in one operation; `input` is `(N, C, D, H, W)`."""
 
 
 NORM_RELUS = (BatchNormReLU1d, BatchNormReLU2d, BatchNormReLU3d)
 
 
 class BatchNormAddReLU1d(_BatchNormAddReLU, nn.BatchNorm1d):
-    """`relu(BatchNorm1d(x) + residual)` in one operation; both `(N, C)` or `(N, C, L)`."""
+    """`relu(BatchNorm1d(input) + residual)` in one operation; both `(N, C)` or `(N, C, L)`."""
 
 
 class BatchNormAddReLU2d(_BatchNormAddReLU, nn.BatchNorm2d):
-    """`relu(BatchNorm2d(x) + residual)` in one operation; both `(N, C, H, W)`."""
+    """`relu(BatchNorm2d(input) + residual)` in one operation; both `(N, C, H, W)`."""
 
 
 class BatchNormAddReLU3d(_BatchNormAddReLU, nn.BatchNorm3d):
-    """`relu(BatchNorm3d(x) + residual)` in one operation; both `(N, C, D, H, W)`."""
+    """`relu(BatchNorm3d(input) + residual)` in one operation; both `(N, C, D, H, W)`."""
 
 
 class SyncBatchNorm(_BatchNorm):
-    """`nn.SyncBatchNorm` in fused kernels, on GPUs and, unlike that, on CPUs; `x` is `(N, C, *)`.
+    """`nn.SyncBatchNorm` in fused kernels, on GPUs and, unlike that, on CPUs; of `(N, C, *)`.
 
     Constructor, parameters and buffers are those of `nn.SyncBatchNorm`, which it is no subclass of:
     DistributedDataParallel refuses that on CPUs.
@@ -180,7 +183,7 @@ class SyncBatchNorm(_BatchNorm):
         process_group: whose batches are one; all processes by default.
 
     Raises:
-        ValueError: in forward, `x` has fewer than two dimensions.
+        ValueError: in forward, `input` has fewer than two dimensions.
     """
 
     def __init__(
@@ -202,16 +205,16 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
     @leaf
-    def forward(self, input: Tensor) -> Tensor:  # as nn.SyncBatchNorm calls it
+    def forward(self, input: Tensor) -> Tensor:
         return apply_norm(self, input, None, relu=False)
 
 
 class SyncBatchNormReLU(_BatchNormReLU, SyncBatchNorm):
-    """`relu(SyncBatchNorm(x))` in one operation; `x` is `(N, C, *)`."""
+    """`relu(SyncBatchNorm(input))` in one operation; `input` is `(N, C, *)`."""
 
 
 class SyncBatchNormAddReLU(_BatchNormAddReLU, SyncBatchNorm):  # type: ignore[misc]
-    """`relu(SyncBatchNorm(x) + residual)` in one operation; both `(N, C, *)`."""
+    """`relu(SyncBatchNorm(input) + residual)` in one operation; both `(N, C, *)`."""
 
 
 class AddReLU(nn.Module):

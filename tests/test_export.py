@@ -48,7 +48,7 @@ class Modules(nn.Module):
         self.add = fusedskip.AddReLU()
 
     def forward(self, x, y):
-        return self.add(self.norm_add(x=self.norm(x), residual=y), y)
+        return self.add(self.norm_add(input=self.norm(input=x), residual=y), y)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
