@@ -57,6 +57,7 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
         d = narrow<T>(g);
       } else {
         d = gated.stored(dout, mask, i, n...);
+        if constexpr (kGate == Gate::kMask) mask += P::kMaskBytes;
         g = widen(d);
       }
       if (dresidual) {

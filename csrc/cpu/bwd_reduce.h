@@ -27,6 +27,7 @@ void bwd_reduce_planes(const BwdReduceTile& tile) {
           const P centred = load(x + i, n...) - gated.mean.all;
           // Lanes past the run's end load dout = 0 and add nothing.
           const P g = gated(dout, centred, mask, i, n...);
+          if constexpr (kGate == Gate::kMask) mask += P::kMaskBytes;  // i / 8 is 3 instructions
           sums[0][k] = sums[0][k] + g;
           sums[1][k] = fma(g, centred, sums[1][k]);
           if constexpr (kDual)
@@ -74,15 +75,15 @@ void bwd_reduce_rows(const BwdReduceTile& tile, int64_t first, int64_t n_channel
               total[s][k] = load_lanes<P>(slice.numbers[s] + c + k * P::kLanes);
           for (int64_t next = 0; next < rows_at_once; ++next) {
             const int64_t r = first_row + next, start = r * stride;
-            const uint8_t* mask_row =
-                kGate == Gate::kMask ? mask + r * tile.runs.mask_stride : nullptr;
             for (int k = 0; k < kPacks; ++k) {
               const int64_t i = first + c + k * P::kLanes;
               prefetch_ahead<P::kLanes>(dout + start + i);
               prefetch_ahead<P::kLanes>(x + start + i);
               if constexpr (kDual) prefetch_ahead<P::kLanes>(residual + start + i);
               const P centred = load(x + start + i, n...) - gated.mean.at(i, n...);
-              const P g = gated(dout + start, centred, mask_row, i, n...);
+              const uint8_t* bits =
+                  kGate == Gate::kMask ? mask + r * tile.runs.mask_stride + i / 8 : nullptr;
+              const P g = gated(dout + start, centred, bits, i, n...);
               total[0][k] = total[0][k] + g;
               total[1][k] = fma(g, centred, total[1][k]);
               if constexpr (kDual)

@@ -127,7 +127,7 @@ inline int64_t rows_a_block(const Runs& rows) {
   return ceil_div(rows.count, ceil_div(rows.count, 128));
 }
 
-// The mask of a pack from element i of a run on, whole bytes; with n its padding bits are 0.
+// The mask of the pack from element i of a run on, whole bytes; with n its padding bits are 0.
 template <int kMaskBytes>
 inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits) {
   std::memcpy(mask + i / 8, &bits, kMaskBytes);
@@ -140,18 +140,19 @@ inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits, int n) {
     if (8 * byte < n) mask[i / 8 + byte] = uint8_t(bits >> 8 * byte);
 }
 
+// The mask of a pack, from its own first byte on.
 template <int kMaskBytes>
-inline uint32_t load_mask(const uint8_t* mask, int64_t i) {
+inline uint32_t load_mask(const uint8_t* mask) {
   uint32_t bits = 0;
-  std::memcpy(&bits, mask + i / 8, kMaskBytes);
+  std::memcpy(&bits, mask, kMaskBytes);
   return bits;
 }
 
 template <int kMaskBytes>
-inline uint32_t load_mask(const uint8_t* mask, int64_t i, int n) {
+inline uint32_t load_mask(const uint8_t* mask, int n) {
   uint32_t bits = 0;
   for (int byte = 0; byte < kMaskBytes; ++byte)
-    if (8 * byte < n) bits |= uint32_t(mask[i / 8 + byte]) << 8 * byte;
+    if (8 * byte < n) bits |= uint32_t(mask[byte]) << 8 * byte;
   return bits;
 }
 
