@@ -126,32 +126,31 @@ def on_chip(preferred: bool = True) -> Iterator[None]:
 
 
 @cache
-def _auto(device_type: str, index: int | None = None) -> str:
-    reasons = {name: unavailable(name, device_type, index) for name in KERNELS}
+def _auto(device: torch.device) -> str:
+    reasons = {name: unavailable(name, device.type, device.index) for name in KERNELS}
     for name, reason in reasons.items():
         # Interpreted Triton is for tests: it is taken only when asked for by name.
-        if reason is None and not (name == "triton" and device_type == "cpu"):
+        if reason is None and not (name == "triton" and device.type == "cpu"):
             return name
-    if device_type != "meta":  # nothing runs there
+    if device.type != "meta":  # nothing runs there
         tried = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-        _warn_once(f"on {device_type} tensors ({tried})")
+        _warn_once(f"on {device.type} tensors ({tried})")
     return "eager"
 
 
 # dynamo calls this while it traces and keeps the answer, instead of tracing into it.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _select(active: str, device_type: str, index: int | None) -> str:
+def _select(active: str, device: torch.device) -> str:
     if active == "auto":
-        return _auto(device_type, index)
-    if (reason := unavailable(active, device_type, index)) is not None:
-        raise RuntimeError(f"backend {active!r} cannot take {device_type} tensors: {reason}")
+        return _auto(device)
+    if (reason := unavailable(active, device.type, device.index)) is not None:
+        raise RuntimeError(f"backend {active!r} cannot take {device.type} tensors: {reason}")
     return active
 
 
 def select(x: Tensor) -> str:
     """The name of the backend that a call on `x` runs on."""
-    device = x.device
-    name: str = _select(_active, device.type, device.index)
+    name: str = _select(_active, x.device)
     return name
 
 

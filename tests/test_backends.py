@@ -44,13 +44,13 @@ def test_auto_takes_the_compiled_kernels():
 )
 def test_auto_on_a_gpu(monkeypatch, working, best):
     monkeypatch.setattr(backends, "unavailable", lambda name, *_: None if name in working else "no")
-    assert backends._auto.__wrapped__("cuda") == best
+    assert backends._auto.__wrapped__(torch.device("cuda")) == best
 
 
 def test_auto_on_a_gpu_without_kernels(monkeypatch):
     monkeypatch.setattr(backends, "unavailable", lambda *_: "not here")
     with pytest.warns(UserWarning, match="runs eagerly on cuda tensors"):
-        assert backends._auto.__wrapped__("cuda") == "eager"
+        assert backends._auto.__wrapped__(torch.device("cuda")) == "eager"
 
 
 def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
@@ -88,12 +88,13 @@ def test_use_backend_nests_and_restores():
 
 
 def test_other_accelerators_run_eagerly_and_say_so_once():
+    mps = torch.device("mps")
     backends._auto.cache_clear()
     with pytest.warns(UserWarning, match="runs eagerly on mps tensors .*: it takes cuda tensors"):
-        assert backends._auto("mps") == "eager"
+        assert backends._auto(mps) == "eager"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert (backends._auto("mps"), backends._auto("meta")) == ("eager", "eager")
+        assert (backends._auto(mps), backends._auto(torch.device("meta"))) == ("eager", "eager")
 
 
 def test_unknown_backend():
