@@ -118,12 +118,12 @@ def plan(out: Path) -> list[Part]:
         argv = [sys.executable, *shlex.split(command)]
         return Part(name, out / log, limit, argv, environment, obstacle)
 
-    def benchmark(name, log, limit, json, options) -> Part:
+    def benchmark(name, log, limit, results, options) -> Part:
         # With names: the log says which one hangs.
         return part(
             name, log, limit,
             "-m pytest -v --benchmark-enable --benchmark-only "
-            f"--benchmark-json={folder}/{json} {options}",
+            f"--benchmark-json={folder}/{results} {options}",
             no_gpu, **pytest_options,
         )  # fmt: skip
 

@@ -306,3 +306,18 @@ def test_vectors_that_are_not_contiguous(compiled_backend, device):
     leaf = vectors.requires_grad_()
     compiled = torch.compile(tail, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, leaf), tail(x, leaf))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at that of out
+@pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
+def test_backward_alone_is_compiled(compiled_backend, device, function):
+    """Compiled autograd takes the graph that eager calls have left."""
+    problem = make_problem(function, (2, 8, 4, 5), torch.float32, "channels_last", device)
+    want, leaves = run(problem), problem.leaves()
+    torch._dynamo.utils.counters.clear()
+    out = call(problem, **leaves, **problem.buffers())
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(lambda: out.backward(problem.dout), backend="aot_eager")()
+    assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == 1
+    for name, leaf in leaves.items():
+        assert torch.equal(leaf.grad, want[f"d{name}"])
