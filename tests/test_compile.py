@@ -276,10 +276,9 @@ def test_channels_last_slice_of_any_size(compiled_backend, device):
     torch.testing.assert_close(compiled(leaf), tail(leaf))
 
 
-def test_gradients_inside_the_graph_are_differentiated(compiled_backend, device, monkeypatch):
+def test_gradients_inside_the_graph_are_differentiated(compiled_backend, device):
     if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
         pytest.skip("this torch does not trace autograd.grad")
-    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
     x = torch.randn(4, 3, 6, 6, dtype=torch.float64, device=device)
 
     def penalty(weight):
@@ -291,7 +290,9 @@ def test_gradients_inside_the_graph_are_differentiated(compiled_backend, device,
     gradients = []
     for run_penalty in (penalty, torch.compile(penalty, backend="aot_eager")):
         weight = torch.full((3,), 0.7, dtype=torch.float64, device=device, requires_grad=True)
-        run_penalty(weight).backward()
+        with torch._dynamo.config.patch(trace_autograd_ops=True):  # monkeypatch would delete it
+            loss = run_penalty(weight)
+        loss.backward()
         gradients.append(weight.grad)
     torch.testing.assert_close(*gradients)
 
