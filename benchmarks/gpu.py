@@ -48,8 +48,6 @@ WITHOUT_GPU = (
     "architecture", "benchmarks", "cuda_*", "distributed", "export", "report", "surgery*",
     "triton_*", "wheel",
 )  # fmt: skip
-
-
 # A test's name may have spaces. Those of a summary are followed by a reason.
 FAILURE = re.compile(
     r"(?:\[gw\d+\] \[ *\d+%\] )?((?:FAILED|ERROR) ([^\s:]+(?:::.+?)?)(?: - .*)?)\s*$"

@@ -124,6 +124,13 @@ def test_no_memory_to_load_a_kernel(device, monkeypatch):
     assert extension.cuda_launched() == "one launch, in clusters"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU cannot be told to be another")
+def test_kernels_that_were_built_for_others(device, monkeypatch):
+    assert extension.cuda_error() is None
+    monkeypatch.setenv("EMULATED_GPU_IS_ANOTHER", "1")
+    assert "emulated" in extension.cuda_error()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -128,6 +128,7 @@ inline int64_t rows_a_block(const Runs& rows) {
 }
 
 // The mask of the pack from element i of a run on, whole bytes; with n its padding bits are 0.
+// Given the place of that byte instead, as load_mask is, fp32 channels-first forward takes 1.05.
 template <int kMaskBytes>
 inline void store_mask(uint8_t* mask, int64_t i, uint32_t bits) {
   std::memcpy(mask + i / 8, &bits, kMaskBytes);

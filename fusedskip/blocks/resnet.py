@@ -242,6 +242,7 @@ def resnet18(*, weights: Any = None, progress: bool = True, **options: Any) -> R
 
     Raises:
         ImportError: `weights` without torchvision.
+        KeyError, TypeError: it has no such weights for this network.
         ValueError: another `num_classes` than that of the weights.
     """
     return _resnet("resnet18", BasicBlock, (2, 2, 2, 2), weights, progress, options)

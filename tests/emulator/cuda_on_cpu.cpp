@@ -445,6 +445,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   if (std::getenv("EMULATED_GPU_IS_FULL")) return cudaErrorMemoryAllocation;
+  if (std::getenv("EMULATED_GPU_IS_ANOTHER")) return cudaErrorNoKernelImageForDevice;
   attributes->sharedSizeBytes = emulator::kDeclared;
   attributes->ptxVersion = emulator::ptx_version();
   return cudaSuccess;
