@@ -19,9 +19,12 @@ Model = TypeVar("Model", bound=nn.Module)
 class _Call:
     """What `nn.BatchNorm*d.forward` passes to `F.batch_norm`, and what it then counts."""
 
-    def __init__(self, bn: _BatchNorm, x: Tensor) -> None:
-        bn._check_input_dim(x)
+    def __init__(self, bn: Any, x: Tensor) -> None:
         self._bn = bn
+        if not isinstance(bn, _BatchNorm):
+            return self._freeze(bn)
+        bn._check_input_dim(x)
+        self.eps = bn.eps
         tracks = bn.training and bn.track_running_stats
         # Buffers take part in training when tracked, and in evaluation always.
         use_buffers = tracks or not bn.training
@@ -49,6 +52,13 @@ class _Call:
                 self.momentum = 1.0
         self.running_mean, self.running_var = running
 
+    def _freeze(self, norm: Any) -> None:
+        """Of a norm that is frozen for good: all that it has are buffers."""
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.training, self.momentum, self.group = False, 0.0, None
+        self.eps = getattr(norm, "eps", 1e-5)  # those of transformers have this one
+        self._counter = None
+
     def norm(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """`relu?(bn(x) + residual?)`, and count."""
         bn, running = self._bn, (self.running_mean, self.running_var)
@@ -56,12 +66,12 @@ class _Call:
             return _run_and_count(
                 (self,), functional._batch_norm,
                 x, residual, *running, bn.weight, bn.bias,
-                self.training, self.momentum, bn.eps, relu,
+                self.training, self.momentum, self.eps, relu,
             )  # fmt: skip
         return _run_and_count(
             (self,), distributed.sync_batch_norm,
             x, residual, *running, bn.weight, bn.bias,
-            self.momentum, bn.eps, relu, self.group,
+            self.momentum, self.eps, relu, self.group,
         )  # fmt: skip
 
     def ask_to_count(self) -> None:
@@ -100,34 +110,48 @@ def _run_and_count(
     return out
 
 
-def apply_norm(bn: _BatchNorm, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-    """`relu?(bn(x) + residual?)` with the bookkeeping of `nn.BatchNorm*d.forward`."""
+def _promotes(bn: nn.Module, x: Tensor) -> bool:
+    """Whether `bn` is frozen for good and makes of `x` another dtype or shape: it is torch's."""
+    if isinstance(bn, _BatchNorm):
+        return False
+    return x.dim() != 4 or any(b is None or b.dtype != x.dtype for b in bn._buffers.values())
+
+
+def apply_norm(bn: nn.Module, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    """`relu?(bn(x) + residual?)` with the bookkeeping of `nn.BatchNorm*d.forward`.
+
+    `bn` is one of torch's, or such as `torchvision.ops.FrozenBatchNorm2d`.
+    """
+    if _promotes(bn, x):
+        out = bn(x) if residual is None else bn(x) + residual
+        return out.relu() if relu else out
     return _Call(bn, x).norm(x, residual, relu)
 
 
-def apply_cat_norm(bn: _BatchNorm, x: Tensor, skip: Tensor) -> Tensor:
+def apply_cat_norm(bn: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
     """`cat([skip, relu(bn(x))], dim=1)`, the bookkeeping of `bn` included."""
     call = _Call(bn, x)
-    if call.group is not None:
-        return torch.cat([skip, call.norm(x, None, relu=True)], dim=1)
+    if call.group is not None or _promotes(bn, x):
+        return torch.cat([skip, apply_norm(bn, x, None, relu=True)], dim=1)
     return _run_and_count(
         (call,), functional.cat_batch_norm_relu,
         x, skip, call.running_mean, call.running_var, bn.weight, bn.bias,
-        call.training, call.momentum, bn.eps,
+        call.training, call.momentum, call.eps,
     )  # fmt: skip
 
 
-def apply_dual_norm(bn: _BatchNorm, x: Tensor, residual_bn: _BatchNorm, residual: Tensor) -> Tensor:
+def apply_dual_norm(bn: nn.Module, x: Tensor, residual_bn: nn.Module, residual: Tensor) -> Tensor:
     """`relu(bn(x) + residual_bn(residual))`, the bookkeeping of both included."""
     call, other = _Call(bn, x), _Call(residual_bn, residual)
     is_one = call.training == other.training  # neither alone is frozen
-    if not is_one or call.group is not None or other.group is not None:
-        return call.norm(x, other.norm(residual, None, relu=False), relu=True)
+    is_plain = is_one and call.group is None and other.group is None
+    if not is_plain or _promotes(bn, x) or _promotes(residual_bn, residual):
+        return apply_norm(bn, x, apply_norm(residual_bn, residual, None, relu=False), relu=True)
     return _run_and_count(
         (call, other), functional.dual_batch_norm_add_relu,
         x, residual, call.running_mean, call.running_var, other.running_mean, other.running_var,
         bn.weight, bn.bias, residual_bn.weight, residual_bn.bias,
-        call.training, call.momentum, bn.eps, other.momentum, residual_bn.eps,
+        call.training, call.momentum, call.eps, other.momentum, other.eps,
     )  # fmt: skip
 
 

@@ -25,6 +25,8 @@ NORMS: dict[type[nn.Module], Callable[[Any], bool]] = dict.fromkeys(
 )
 # Modules that call their children one after the other, by exact type: which, or None for all.
 CHAINS: dict[type[nn.Module], tuple[str, ...] | None] = {nn.Sequential: None}
+# Those that return what they are given, by exact type, and when.
+IDLE: dict[type[nn.Module], Callable[[Any], bool]] = {nn.Identity: lambda module: True}
 
 # A module to call, or a norm and the ReLU that is one operation with it.
 Step = tuple[nn.Module, nn.Module | None]
@@ -41,13 +43,14 @@ def is_of_library(function: Callable[..., Any], owner: type[nn.Module]) -> bool:
 
 
 # The forward of what is bypassed, by exact type, as it was: a patch of the class is honoured, too.
-# What knows of more NORMS or CHAINS adds theirs.
+# What knows of more NORMS, CHAINS or IDLE adds theirs.
 _PLAIN: tuple[type[nn.Module], ...] = (
-    nn.ReLU, nn.Identity, nn.Conv2d, *NORMS, *CHAINS, *NORM_RELUS,
+    nn.ReLU, nn.Conv2d, *NORMS, *CHAINS, *IDLE, *NORM_RELUS,
 )  # fmt: skip
 FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None for kind in _PLAIN}
 
 CALL = nn.Module.__call__  # FX replaces it while it traces
+RELU = nn.ReLU()  # stands in a chain for a call of `torch.relu`
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -62,6 +65,7 @@ class Plan(NamedTuple):
         relu: whether the tail computes that, too.
         norms: those that kernels are to compute.
         bypassed: other modules whose `forward` is not called.
+        others: the plans of other parts of the module, which runs fused as a whole or not at all.
     """
 
     branch: list[Step]
@@ -72,6 +76,7 @@ class Plan(NamedTuple):
     relu: bool
     norms: list[nn.Module]
     bypassed: list[nn.Module]
+    others: tuple["Plan", ...] = ()
 
     def obstacle(self) -> tuple[nn.Module, str] | None:
         """A module whose bypassing would be wrong, or noticed, and why; None if all is well."""
@@ -94,6 +99,9 @@ class Plan(NamedTuple):
                 others = module._buffers
                 if others and any(t is not None and t is others.get(n) for n, t in running):
                     return self.norm, "shares running statistics with a norm of the shortcut"
+        for other in self.others:
+            if (found := other.obstacle()) is not None:
+                return found
         return None
 
 
@@ -123,6 +131,11 @@ def plan_skip(
     return Plan(*steps, norm, shortcut_norm, act, relu, norms, bypassed)
 
 
+def joined(plan: Plan, *others: Plan) -> Plan:
+    """The plan, to be judged with those of other parts of its module."""
+    return plan._replace(others=others)
+
+
 def may_run(plan: Plan, x: Tensor) -> bool:
     """Whether nothing forbids bypassing what the plan bypasses; FX is shown the single modules.
 
@@ -138,13 +151,20 @@ def kernels(plan: Plan) -> tuple[str, ...]:
     pairs = ["K1" for _, relu in (*plan.branch, *plan.shortcut) if relu is not None]
     n_norms = (plan.norm is not None) + (plan.shortcut_norm is not None)
     tail = ("K4", "K2", "K6")[n_norms] if plan.relu else (None, "K3")[n_norms]
-    return (*pairs, tail) if tail else tuple(pairs)
+    of_others = [kernel for other in plan.others for kernel in kernels(other)]
+    return (*of_others, *pairs, tail) if tail else (*of_others, *pairs)
+
+
+def may_have_more(plan: Plan) -> bool:
+    """Whether a step that now does something may return what it is given, as drop path does."""
+    return any(type(step) in IDLE for step, _ in (*plan.branch, *plan.shortcut))
 
 
 def norms_of(plan: Plan) -> list[nn.Module]:
     """The norms that the kernels of a plan compute."""
     pairs = [norm for norm, relu in (*plan.branch, *plan.shortcut) if relu is not None]
-    return [*pairs, *(norm for norm in (plan.norm, plan.shortcut_norm) if norm is not None)]
+    tail = [norm for norm in (plan.norm, plan.shortcut_norm) if norm is not None]
+    return [*(norm for other in plan.others for norm in norms_of(other)), *pairs, *tail]
 
 
 def run_chain(plan: Plan, x: Tensor) -> Tensor:
@@ -269,7 +289,7 @@ def is_plain(module: nn.Module) -> bool:
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:
     """Run steps one after the other."""
     for module, relu in steps:
-        x = module(x) if relu is None else apply_norm(module, x, None, relu=True)  # type: ignore[arg-type]
+        x = module(x) if relu is None else apply_norm(module, x, None, relu=True)
     return x
 
 
@@ -288,9 +308,12 @@ def _call(modules: Iterable[nn.Module | None], x: Tensor) -> Tensor:
 def _present(modules: Iterable[nn.Module | None], bypassed: list[nn.Module]) -> list[nn.Module]:
     present = []
     for module in modules:
-        if type(module) is nn.Identity:
+        if module is None:
+            continue
+        is_idle = IDLE.get(type(module))
+        if is_idle is not None and is_idle(module):
             bypassed.append(module)
-        elif module is not None:
+        else:
             present.append(module)
     return present
 

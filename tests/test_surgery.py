@@ -1,219 +1,22 @@
-"""fuse, unfuse and explain on the models of torchvision, timm and transformers."""
+"""fuse, unfuse and explain."""
 
 import copy
-import io
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedskip
 from fusedskip import surgery
 from fusedskip.__main__ import main
 from fusedskip.surgery.fused import Fused
 
-from .libraries import timm, torchvision, transformers
+from .libraries import timm, torchvision
+from .networks import assert_equal, count_calls, train_alike
 
 tv = torchvision.models
-
-# How to build a model, and how many of its norms are computed by fused kernels, of how many.
-MODELS = {
-    "torchvision:resnet18": (partial(tv.resnet18, num_classes=10), 20, 20),
-    "torchvision:resnet50": (partial(tv.resnet50, num_classes=10), 53, 53),
-    "torchvision:resnext50_32x4d": (partial(tv.resnext50_32x4d, num_classes=10), 53, 53),
-    # wide_resnet50_2 with a block a stage: all of it has 67 million parameters, and 13 seconds.
-    "torchvision:wide_resnet": (
-        partial(tv.ResNet, tv.resnet.Bottleneck, [1] * 4, 10, width_per_group=128), 17, 17,
-    ),
-    "torchvision:regnet_y_400mf": (partial(tv.regnet_y_400mf, num_classes=10), 53, 53),
-    "torchvision:mobilenet_v2": (partial(tv.mobilenet_v2, num_classes=10), 10, 52),
-    "torchvision:mnasnet0_5": (partial(tv.mnasnet0_5, num_classes=10), 45, 52),
-    "torchvision:r3d_18": (partial(tv.video.r3d_18, num_classes=10), 20, 20),
-    "torchvision:r2plus1d_18": (partial(tv.video.r2plus1d_18, num_classes=10), 37, 37),
-    "torchvision:fcn_resnet50": (
-        partial(tv.segmentation.fcn_resnet50, weights_backbone=None, num_classes=10), 54, 54,
-    ),
-    "timm:resnet26": (partial(timm.create_model, "resnet26", num_classes=10), 29, 29),
-    "timm:resnet50d": (partial(timm.create_model, "resnet50d", num_classes=10), 55, 55),
-    "timm:seresnet50": (partial(timm.create_model, "seresnet50", num_classes=10), 37, 53),
-    "timm:res2net50_26w_4s": (
-        partial(timm.create_model, "res2net50_26w_4s", num_classes=10), 85, 85,
-    ),
-    "timm:regnety_002": (partial(timm.create_model, "regnety_002", num_classes=10), 44, 44),
-    "timm:resnetv2_50": (partial(timm.create_model, "resnetv2_50", num_classes=10), 49, 49),
-    "timm:resnetv2_50d_gn": (partial(timm.create_model, "resnetv2_50d_gn", num_classes=10), 0, 51),
-    "timm:dla34": (partial(timm.create_model, "dla34", num_classes=10), 33, 37),
-    "transformers:resnet": (
-        lambda: transformers.ResNetForImageClassification(
-            transformers.ResNetConfig(num_labels=10)
-        ), 53, 53,
-    ),
-    "transformers:regnet": (
-        lambda: transformers.RegNetForImageClassification(
-            transformers.RegNetConfig(num_labels=10)
-        ), 71, 71,
-    ),
-    "transformers:rt_detr_resnet": (
-        lambda: transformers.RTDetrResNetBackbone(transformers.RTDetrResNetConfig()), 55, 55,
-    ),
-}  # fmt: skip
-
-
-def build(name):
-    """The model in fp64. Its norms are scaled so that rounding is not amplified from step to step.
-
-    As it is initialised, ResNet-50 turns a difference of 1e-16 into one of 1e-9 in three steps.
-    """
-    torch.manual_seed(0)
-    model = MODELS[name][0]().double()
-    for module in model.modules():
-        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
-            nn.init.uniform_(module.weight, 0.2, 0.5)
-            nn.init.uniform_(module.bias, -0.3, 0.3)
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
-def images(name):
-    """As small as leaves the last stage of a ResNet 2 x 2 pixels: 17, 9, 5, 3 before it."""
-    if name.endswith("d_18"):
-        return torch.randn(2, 3, 4, 17, 17, dtype=torch.float64)
-    size = 64 if "dla" in name else 33  # DLA takes multiples of 32
-    return torch.randn(4, 3, size, size, dtype=torch.float64)
-
-
-def output(model, x):
-    out = model(x)
-    if isinstance(out, torch.Tensor):
-        return out
-    if "feature_maps" in out:
-        return out["feature_maps"][-1]
-    return out["out"] if "out" in out else out["logits"]
-
-
-def assert_equal(ours, theirs, rtol=1e-10, floor=0.0):
-    """As close as rtol of the largest element; what is rounding noise itself, as `floor` says."""
-    assert ours.dtype == theirs.dtype
-    if theirs.is_floating_point():
-        assert (ours - theirs).abs().max() <= rtol * theirs.abs().max() + floor
-    else:
-        assert torch.equal(ours, theirs)
-
-
-def train_alike(fused, eager, batches, lr=1e-3):
-    optimizers = [torch.optim.SGD(model.parameters(), lr=lr) for model in (fused, eager)]
-    for x in batches:
-        outs = []
-        for model, optimizer in zip((fused, eager), optimizers, strict=True):
-            optimizer.zero_grad()
-            outs.append(output(model, x))
-            outs[-1].square().mean().backward()
-            optimizer.step()
-        assert_equal(*outs)
-        ours, theirs = (dict(model.named_parameters()) for model in (fused, eager))
-        grads = {name: p.grad for name, p in theirs.items() if p.grad is not None}
-        assert grads.keys() == {name for name, p in ours.items() if p.grad is not None}
-        # A bias before a norm has a gradient of 0, of which only rounding is to be seen.
-        floor = 1e-14 * max(grad.abs().max() for grad in grads.values())
-        for name, grad in grads.items():
-            assert_equal(ours[name].grad, grad, floor=floor)
-    ours = fused.state_dict()
-    for name, value in eager.state_dict().items():
-        assert_equal(ours[name], value, floor=lr * 1e-12)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_trains_like_eager(name):
-    """Outputs, every gradient, every buffer and parameter; then evaluation and checkpoints."""
-    eager = build(name)
-    fused = fusedskip.fuse(copy.deepcopy(eager))
-    report = fusedskip.explain(fused)
-    assert (report.n_covered, report.n_norms) == MODELS[name][1:]
-    assert any(row.fused for row in report) == (MODELS[name][1] > 0)
-    # MNASNet turns a change of a parameter into a thousand times that of the next step's gradients.
-    lr = 1e-6 if "mnasnet" in name else 1e-3
-    train_alike(fused, eager, [images(name) for _ in range(2)], lr)
-
-    assert list(fused.state_dict()) == list(eager.state_dict())
-    x = images(name)[:2]
-    with torch.no_grad():
-        want = output(fused.eval(), x)
-        assert_equal(want, output(eager.eval(), x))
-        assert torch.equal(output(copy.deepcopy(fused), x), want)
-        saved = io.BytesIO()
-        torch.save(fused, saved)
-        saved.seek(0)
-        loaded = torch.load(saved, weights_only=False)
-        assert [type(m) for m in loaded.modules()] == [type(m) for m in fused.modules()]
-        assert torch.equal(output(loaded, x), want)
-        eager.load_state_dict(fused.state_dict())
-        unfused = fusedskip.unfuse(fused)
-        assert not any(isinstance(m, Fused) for m in unfused.modules())
-        assert [type(m) for m in unfused.modules()] == [type(m) for m in eager.modules()]
-        assert torch.equal(output(unfused, x), output(eager, x))
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts the norms, sums and ReLUs that torch itself computes on images."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = {"batch_norm": 0, "add": 0, "relu": 0}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__.removesuffix("_")
-        name = name if name in self.counts else "batch_norm" if "batch_norm" in name else None
-        if name and function.namespace == "aten" and args[0].dim() == 4 and args[0].shape[2] > 1:
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def count_calls(model, x):
-    with CountCalls() as calls:
-        output(model, x).sum()
-    return calls.counts
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_falls_back_to_eager(name):
-    """Hooked all over, every block runs the forward it had, which finds its children."""
-    eager = build(name).eval()
-    fused = fusedskip.fuse(copy.deepcopy(eager))
-    for module in fused.modules():
-        module.register_forward_pre_hook(lambda *_: None)
-        for child, value in module._modules.items():
-            assert getattr(module, child) is value, child
-    assert not any(row.fused for row in fusedskip.explain(fused) if row.reason is None)
-    with torch.no_grad():
-        x = images(name)[:1]
-        assert torch.equal(output(fused, x), output(eager, x))
-
-
-def test_every_tail_of_resnet50_is_fused():
-    model = build("torchvision:resnet50")
-    x = images("")
-    assert count_calls(model, x) == {"batch_norm": 53, "add": 16, "relu": 49}
-    kernels = [kernel for row in fusedskip.explain(fusedskip.fuse(model)) for kernel in row.kernels]
-    assert {kernel: kernels.count(kernel) for kernel in kernels} == {"K1": 33, "K2": 12, "K6": 4}
-    assert count_calls(model, x) == {"batch_norm": 0, "add": 0, "relu": 0}
-
-
-@pytest.mark.parametrize(
-    ("name", "left"),
-    [
-        ("torchvision:mobilenet_v2", {"batch_norm": 42, "add": 0, "relu": 0}),  # ReLU6
-        ("timm:seresnet50", {"batch_norm": 16, "add": 0, "relu": 0}),  # the norms before SE
-        ("timm:regnety_002", {"batch_norm": 0, "add": 0, "relu": 0}),
-        ("transformers:resnet", {"batch_norm": 0, "add": 0, "relu": 0}),
-    ],
-)
-def test_what_is_left_of_other_models(name, left):
-    assert count_calls(fusedskip.fuse(build(name)), images(name)) == left
 
 
 def types(model):
@@ -280,12 +83,6 @@ def test_strict_raises_and_changes_nothing(resnet):
     # What the filter leaves out need not be fused.
     fusedskip.fuse(resnet, lambda module, name: name != "layer1.1", strict=True)
     assert type(resnet.layer1[1]) is tv.resnet.BasicBlock
-
-
-def test_resnetv2_with_group_norm_is_refused():
-    model = MODELS["timm:resnetv2_50d_gn"][0]()
-    with pytest.raises(ValueError, match="norm1 is GroupNormAct"):
-        fusedskip.fuse(model, strict=True)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -15,7 +15,8 @@ from torch import nn
 
 import fusedskip
 from fusedskip import blocks
-from fusedskip.surgery.fused import FUSED, Fused, FusedSkip, fingerprint
+from fusedskip.surgery.fingerprints import fingerprint
+from fusedskip.surgery.fused import FUSED, Fused, FusedSkip
 
 from .libraries import timm, torchvision
 
@@ -31,16 +32,6 @@ def basic_block(downsample=False):
 
 def types(model):
     return [type(module) for module in model.modules()]
-
-
-def freeze(norm):
-    frozen = torchvision.ops.FrozenBatchNorm2d(norm.num_features).double()
-    frozen.load_state_dict({k: v for k, v in norm.state_dict().items() if "tracked" not in k})
-    return frozen
-
-
-def replace_bn1_by_frozen(block):
-    block.bn1 = freeze(block.bn1)
 
 
 def replace_bn2_by_group_norm(block):
@@ -96,7 +87,6 @@ def fold_bn1(block):
 
 
 CHANGES = {
-    replace_bn1_by_frozen: "bn1 is FrozenBatchNorm2d",
     replace_bn2_by_group_norm: "bn2 is GroupNorm",
     hook_bn2: "bn2 has hooks",
     pre_hook_bn1: "bn1 has hooks",
@@ -309,9 +299,18 @@ assert not any(row.fused for row in fusedskip.explain(model))
 
 FLAGS = {
     "mobilenetv2": (lambda: tv.mobilenetv2.InvertedResidual(8, 8, 1, 2), "use_res_connect", False),
+    "mobilenetv3": (
+        lambda: tv.mobilenetv3.InvertedResidual(
+            tv.mobilenetv3.InvertedResidualConfig(8, 3, 16, 8, False, "RE", 1, 1, 1), nn.BatchNorm2d
+        ), "use_res_connect", False,
+    ),
+    "efficientnet": (
+        lambda: timm.models._efficientnet_blocks.InvertedResidual(8, 8), "has_skip", False,
+    ),
     "mnasnet": (lambda: tv.mnasnet._InvertedResidual(8, 8, 3, 1, 2), "apply_residual", False),
     "regnet": (lambda: timm.models.regnet.Bottleneck(8, 8, group_size=8), "downsample", None),
-}
+    "byobnet": (lambda: timm.models.byobnet.BasicBlock(8, 8), "shortcut", None),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -330,15 +329,20 @@ def test_a_skip_that_is_switched_off(name):
     assert (row.fused, row.reason) == (False, "it has no tail any more")
 
 
+def fused_classes(library):
+    name = importlib.import_module(f"fusedskip.surgery.{library}").__name__
+    return [cls for cls in FUSED.values() if f"{cls.__module__}.".startswith(f"{name}.")]
+
+
 @pytest.mark.parametrize("library", ["torchvision", "timm", "transformers"])
 def test_methods_are_called_as_those_they_replace(library):
     """By name, too: transformers' layers take `hidden_state`."""
-    module = importlib.import_module(f"fusedskip.surgery.{library}").__name__
-    classes = [(x, fused) for x, fused in FUSED.items() if fused.__module__ == module]
+    classes = fused_classes(library)
     assert len(classes) > 10
-    for replaced, fused in classes:
+    for fused in classes:
         for method in fused._fused_methods:
-            ours, theirs = (inspect.signature(getattr(c, method)) for c in (fused, replaced))
+            both = fused, fused._fused_replaces
+            ours, theirs = (inspect.signature(getattr(c, method)) for c in both)
             assert [(p.name, p.default, p.kind) for p in ours.parameters.values()] == [
                 (p.name, p.default, p.kind) for p in theirs.parameters.values()
             ], fused
@@ -412,12 +416,11 @@ def test_blocks_of_its_own_are_no_candidates():
 
 @pytest.mark.parametrize("library", ["torch", "torchvision", "timm", "transformers"])
 def test_fingerprints_hold_for_the_installed_libraries(library):
-    module = importlib.import_module(f"fusedskip.surgery.{library}")
-    classes = [cls for cls in FUSED.values() if cls.__module__ == module.__name__]
+    classes = fused_classes(library)
     assert classes
     assert [cls._fused_changed() for cls in classes] == [None] * len(classes)
     # Unpickling finds a class by its name.
-    assert all(getattr(module, cls.__name__) is cls for cls in classes)
+    assert all(getattr(sys.modules[cls.__module__], cls.__name__) is cls for cls in classes)
 
 
 def test_fingerprint_sees_what_is_computed_and_nothing_else():

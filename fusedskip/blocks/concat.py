@@ -50,7 +50,7 @@ class SkipSequential(nn.Sequential):
                 out = run_steps(steps, x)
                 self._check_shape(out, x)
                 if out.dtype == x.dtype:  # not under autocast, which leaves x as it is
-                    return apply_cat_norm(norm, out, x)  # type: ignore[arg-type]
+                    return apply_cat_norm(norm, out, x)
                 return torch.cat([x, run_steps(plan.branch[-1:], out)], dim=1)
         out = chain(x, self)
         self._check_shape(out, x)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import jit, nn
 
 from fusedskip import tails
+from fusedskip.surgery import frozen
 from fusedskip.surgery.fused import FUSED, Fused, FusedChain
 
 __all__ = ["Report", "Row", "explain", "fuse", "unfuse"]
@@ -173,6 +174,7 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
     for module in model.modules():
         for base in type(module).__mro__:
             _load(base.__module__.partition(".")[0])
+    frozen.learn(model)
     found = (_candidate(module, name) for name, module in model.named_modules())
     return [candidate for candidate in found if candidate is not None]
 

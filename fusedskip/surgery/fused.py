@@ -4,10 +4,7 @@ A subclass says which children its forward calls, in what order; `fusedskip.tail
 in every call, what is fused. Where something forbids it the replaced class's own forward runs.
 """
 
-import ast
-import hashlib
-import inspect
-import textwrap
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import tails
+from fusedskip.surgery import frozen
+from fusedskip.surgery.fingerprints import known_method
 from fusedskip.tails import Plan
 
 # The fused class of each class that one replaces.
@@ -47,7 +46,7 @@ class Fused(nn.Module):
             replaced = cls.__bases__[-1]
             cls._fused_replaces, FUSED[replaced] = replaced, cls
             cls._fused_methods = {
-                name: _known(replaced, name, known) for name, known in fingerprints.items()
+                name: known_method(replaced, name, known) for name, known in fingerprints.items()
             }
 
     @classmethod
@@ -58,6 +57,10 @@ class Fused(nn.Module):
                 method = f"{cls._fused_replaces.__name__}.{name}"
                 return f"{method} is not the one that fusedskip knows"
         return None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        frozen.learn(self)  # in this process nothing may have been fused yet
 
     def __prepare_scriptable__(self) -> "Fused":  # torch.jit.script asks for it first
         raise RuntimeError("a fused module cannot be scripted: fusedskip.unfuse(model) before")
@@ -95,7 +98,7 @@ class Fused(nn.Module):
             culprit, reason = obstacle
             names = {child: name for name, child in module.named_modules()}
             return f"{names.get(culprit) or 'it'} {reason}"
-        if not tails.kernels(plan):
+        if not tails.kernels(plan) and not tails.may_have_more(plan):
             return f"no kernel computes {_activations(module)}"
         return None
 
@@ -118,7 +121,7 @@ class FusedChain(Fused):
     @classmethod
     def _fused_applies(cls, module: nn.Module) -> bool:
         children = tails.children(module, cls._fused_names)
-        present = [m for m in children if m is not None and type(m) is not nn.Identity]
+        present = [m for m in children if m is not None and type(m) not in tails.IDLE]
         return any(tails.resembles_norm(a) and _is_activation(b) for a, b in pairwise(present))
 
     @classmethod
@@ -158,9 +161,10 @@ class FusedSkip(Fused):
         super().__init_subclass__(**fingerprints)
         if fingerprints:
             cls._fused_children = (*cls._fused_branch, *cls._fused_shortcut, cls._fused_act)
-            cls._fused_norms = tuple(
-                i for i, name in enumerate(cls._fused_branch) if name.startswith(("bn", "norm"))
-            )
+            if "_fused_norms" not in cls.__dict__:
+                cls._fused_norms = tuple(
+                    i for i, name in enumerate(cls._fused_branch) if name.startswith(("bn", "norm"))
+                )
 
     @classmethod
     def _fused_plan_of(cls, module: nn.Module) -> Plan:
@@ -181,30 +185,10 @@ class FusedSkip(Fused):
         return tails.run_skip(plan, x, add=add, shortcut_first=self._fused_shortcut_first)
 
 
-def fingerprint(function: Any) -> str | None:
-    """A hash of what `function` does: its source without comments, docstring and annotations.
-
-    None where Python has no source of it.
-    """
-    try:
-        source = inspect.getsource(function)
-    except (OSError, TypeError):
-        return None
-    (definition,) = ast.parse(textwrap.dedent(source)).body
-    assert isinstance(definition, ast.FunctionDef)
-    if ast.get_docstring(definition) is not None:
-        definition.body = definition.body[1:]
-    definition.returns = None
-    for node in ast.walk(definition):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return hashlib.sha256(ast.unparse(definition).encode()).hexdigest()[:12]
-
-
-def _known(replaced: type[nn.Module], name: str, fingerprints: str) -> Any:
-    method = getattr(replaced, name)
-    is_known = fingerprint(method) in fingerprints.split()
-    return method if is_known and tails.is_of_library(method, replaced) else None
+def know_idle(kind: type[nn.Module], is_idle: Callable[[Any], bool], forward: str) -> None:
+    """Pass over modules of a class where they return what they are given, as Identity does."""
+    if known_method(kind, "forward", forward):
+        tails.IDLE[kind], tails.FORWARDS[kind] = is_idle, kind.forward
 
 
 def _is_activation(module: nn.Module) -> bool:

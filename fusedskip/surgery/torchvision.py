@@ -1,20 +1,41 @@
 """What `fuse` makes of torchvision's blocks (0.28)."""
 
 from collections import OrderedDict
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.models import mnasnet, mobilenetv2, regnet, resnet
+from torch.nn import functional as F
+from torchvision.models import (
+    densenet,
+    efficientnet,
+    mnasnet,
+    mobilenetv2,
+    mobilenetv3,
+    regnet,
+    resnet,
+)
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.segmentation import deeplabv3, fcn
 from torchvision.models.video import resnet as video_resnet
-from torchvision.ops import misc
+from torchvision.ops import StochasticDepth, misc
 
 from fusedskip import tails
-from fusedskip.surgery.fused import Fused, FusedChain, FusedSkip
+from fusedskip.surgery.fused import Fused, FusedChain, FusedSkip, know_idle
 from fusedskip.surgery.torch import SEQUENTIAL
 from fusedskip.tails import Plan
+
+# Functions of these names stand in the way of an import.
+googlenet: Any = import_module("torchvision.models.googlenet")
+inception: Any = import_module("torchvision.models.inception")
+
+
+def _keeps_all(module: Any) -> bool:
+    return not module.training or module.p == 0
+
+
+know_idle(StochasticDepth, _keeps_all, forward="6296fa348003")
 
 
 class FusedBasicBlock(FusedSkip, resnet.BasicBlock, forward="e469bbb0e395"):
@@ -84,6 +105,38 @@ class FusedInvertedResidual(FusedSkip, mobilenetv2.InvertedResidual, forward="af
     @classmethod
     def _fused_applies(cls, module: Any) -> bool:
         return bool(module.use_res_connect)
+
+
+class FusedInvertedResidualV3(FusedSkip, mobilenetv3.InvertedResidual, forward="cc9a83a58e8d"):
+    """The block of MobileNet V3, where it has a skip connection."""
+
+    _fused_branch = ("block",)
+
+    @classmethod
+    def _fused_applies(cls, module: Any) -> bool:
+        return bool(module.use_res_connect)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class _FusedMBConv(FusedSkip):
+    _fused_branch = ("block", "stochastic_depth")
+
+    @classmethod
+    def _fused_applies(cls, module: Any) -> bool:
+        return bool(module.use_res_connect)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class FusedMBConv(_FusedMBConv, efficientnet.MBConv, forward="43f006128f39"):
+    """The block of EfficientNet, where it has a skip connection."""
+
+
+class FusedFusedMBConv(_FusedMBConv, efficientnet.FusedMBConv, forward="43f006128f39"):
+    """The block of EfficientNet V2 that begins with a full convolution."""
 
 
 class FusedMNASInvertedResidual(FusedSkip, mnasnet._InvertedResidual, forward="7fe0d27cbd21"):
@@ -170,3 +223,64 @@ class FusedASPPConv(FusedChain, deeplabv3.ASPPConv, forward=SEQUENTIAL):
 
 class FusedDeepLabHead(FusedChain, deeplabv3.DeepLabHead, forward=SEQUENTIAL):
     """The head of DeepLab."""
+
+
+class FusedDenseLayer(
+    Fused,
+    densenet._DenseLayer,
+    forward="605fb4d99e32",
+    bn_function="f45c6b180e94",
+    any_requires_grad="6a3c5a712588",
+    call_checkpoint_bottleneck="df3f39fdd3bc",
+):
+    """The layer of DenseNet, whose norms stand ahead of its convolutions."""
+
+    @classmethod
+    def _fused_halves_of(cls, module: Any) -> tuple[Plan, Plan]:
+        first = tails.children(module, ("norm1", "relu1", "conv1"))
+        second = tails.children(module, ("norm2", "relu2", "conv2"))
+        return tails.plan_chain(first), tails.plan_chain(second)
+
+    @classmethod
+    def _fused_plan_of(cls, module: Any) -> Plan:
+        return tails.joined(*cls._fused_halves_of(module))
+
+    def bn_function(self, inputs: list[Tensor]) -> Tensor:
+        first, _ = self._fused_halves_of(self)
+        if not self._may_run(first, inputs[0]):
+            return super().bn_function(inputs)
+        return tails.run_chain(first, torch.cat(inputs, 1))
+
+    def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        features = [input] if isinstance(input, Tensor) else input
+        _, second = self._fused_halves_of(self)
+        if not self._may_run(second, features[0]):
+            return super().forward(input)
+        if self.memory_efficient and self.any_requires_grad(features):
+            x = self.call_checkpoint_bottleneck(features)
+        else:
+            x = self.bn_function(features)
+        x = tails.run_chain(second, x)
+        return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
+
+
+class FusedTransition(FusedChain, densenet._Transition, forward=SEQUENTIAL):
+    """What stands between two stages of DenseNet."""
+
+
+class _FusedBasicConv2d(Fused):
+    @classmethod
+    def _fused_plan_of(cls, module: Any) -> Plan:
+        return tails.plan_chain((module.conv, module.bn, tails.RELU))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan = self._fused_plan_of(self)
+        return tails.run_chain(plan, x) if self._may_run(plan, x) else super().forward(x)
+
+
+class FusedGoogLeNetConv2d(_FusedBasicConv2d, googlenet.BasicConv2d, forward="4cc6f0dc8c51"):
+    """Convolution, norm and ReLU of GoogLeNet."""
+
+
+class FusedInceptionConv2d(_FusedBasicConv2d, inception.BasicConv2d, forward="4cc6f0dc8c51"):
+    """Convolution, norm and ReLU of Inception V3."""

@@ -1,6 +1,7 @@
 """What `fuse` makes of transformers' convolutional backbones (5.x)."""
 
 from torch import Tensor
+from transformers.models.hgnet_v2 import modeling_hgnet_v2 as hgnet
 from transformers.models.regnet import modeling_regnet as regnet
 from transformers.models.resnet import modeling_resnet as resnet
 from transformers.models.rt_detr import modeling_rt_detr_resnet as rtdetr
@@ -85,3 +86,9 @@ class FusedRTDetrResNetBottleNeckLayer(
     _FusedLayer, rtdetr.RTDetrResNetBottleNeckLayer, forward=_LAYER
 ):
     """The block of RT-DETR's large backbones."""
+
+
+class FusedHGNetV2ConvLayer(FusedChain, hgnet.HGNetV2ConvLayer, forward="af686d9ae0a6"):
+    """Convolution, norm, activation and a learnable affine map of HGNet V2."""
+
+    _fused_names = ("convolution", "normalization", "activation", "lab")
