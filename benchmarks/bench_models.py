@@ -1,4 +1,4 @@
-"""Training steps and inference of torchvision's ResNets: as they are, compiled, fused, and both."""
+"""Training steps and inference of torchvision's models: as they are, compiled, fused, and both."""
 
 import contextlib
 import itertools
@@ -23,12 +23,10 @@ BATCHES, SIDE, LAYOUTS, DTYPE = {
     "cpu": ((8, 32), 128, list(runners.LAYOUTS), "fp32"),
     "cuda": ((128,), 224, ["channels_last"], "bf16"),
 }[runners.DEVICE]
+RESNETS = ("resnet18", "resnet50")
+MODELS = (*RESNETS, "densenet121", "mobilenet_v3_large")
 NAMES = ("model", "mode", "batch", "layout", "runner")
-CASES = list(
-    itertools.product(
-        ("resnet18", "resnet50"), ("training", "inference"), BATCHES, LAYOUTS, RUNNERS
-    )
-)
+CASES = list(itertools.product(MODELS, ("training", "inference"), BATCHES, LAYOUTS, RUNNERS))
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -36,6 +34,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 def usual(model, mode, batch, layout, runner) -> bool:
     """Inductor takes minutes for a ResNet-50 on a CPU; a GPU is for nothing less."""
     compiled = runner in ("compile", "fuse+compile")
+    if model not in RESNETS:
+        return runners.DEVICE == "cpu" and batch == min(BATCHES) and not compiled
     if runners.DEVICE == "cuda":  # and there half a minute each
         return model == "resnet50" and not (mode == "inference" and compiled)
     is_slow = model == "resnet50" or batch > min(BATCHES)

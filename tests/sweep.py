@@ -2,8 +2,9 @@
 
 python -m tests.sweep timm|torchvision [PATTERN]
 
-In fp64. Prints a line a model, and exits with 1 if one differs by more than rounding. It takes
-minutes: what CI runs is a sample, in test_surgery.py.
+In fp64. Prints a line a model, and exits with 1 if one differs by more than rounding, or in
+evaluation by more than ten times what a rounding of the images makes of it. It takes minutes: what
+CI runs is a sample, in test_surgery_models.py.
 """
 
 import collections
@@ -115,11 +116,17 @@ def check(name, build):
     x = least_images(name, eager)
     fused = fusedskip.fuse(copy.deepcopy(eager))
     training = difference(results(fused, x), results(eager, x))
-    evaluation = difference(results(fused.eval(), x), results(eager.eval(), x))
+    fused.eval()
+    eager.eval()
+    want = results(eager, x)
+    evaluation = difference(results(fused, x), want)
+    # With the statistics of one batch over few pixels some are chaotic.
+    noise = difference(results(eager, x * (1 + 2**-52)), want)
     worst = max(training, evaluation)
     report = fusedskip.explain(fused)
     covered = f"{report.n_covered} of {report.n_norms} norms, {x.shape[-1]} pixels"
-    verdict = "ok" if worst[0] <= LIMIT else "WRONG"
+    is_ok = training[0] <= LIMIT and evaluation[0] <= max(LIMIT, 10 * noise[0])
+    verdict = "ok" if is_ok else "WRONG"
     return verdict, f"{covered}: {worst[0]:.0e} of {worst[1]}"
 
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,3 +82,12 @@ def test_bindings_use_the_stable_abi_alone():
     for name, header in includes("bindings"):
         if header.startswith(("torch", "ATen", "c10")):
             assert allowed.match(header), name
+
+
+def test_every_folder_is_installed():
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "fusedskip").rglob("*.py")}
+    found = {".".join(folder.parts) for folder in folders}
+    assert {*packages} == {*found, "fusedskip.triton_kernels"}

@@ -235,32 +235,32 @@ class FusedDenseLayer(
 ):
     """The layer of DenseNet, whose norms stand ahead of its convolutions."""
 
+    _fused_halves = ("norm1", "relu1", "conv1"), ("norm2", "relu2", "conv2")
+
     @classmethod
-    def _fused_halves_of(cls, module: Any) -> tuple[Plan, Plan]:
-        first = tails.children(module, ("norm1", "relu1", "conv1"))
-        second = tails.children(module, ("norm2", "relu2", "conv2"))
-        return tails.plan_chain(first), tails.plan_chain(second)
+    def _fused_half_of(cls, module: Any, half: int) -> Plan:
+        return tails.plan_chain(tails.children(module, cls._fused_halves[half]))
 
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.joined(*cls._fused_halves_of(module))
+        return tails.joined(cls._fused_half_of(module, 1), cls._fused_half_of(module, 0))
 
     def bn_function(self, inputs: list[Tensor]) -> Tensor:
-        first, _ = self._fused_halves_of(self)
-        if not self._may_run(first, inputs[0]):
+        plan = self._fused_half_of(self, 0)
+        if not self._may_run(plan, inputs[0]):
             return super().bn_function(inputs)
-        return tails.run_chain(first, torch.cat(inputs, 1))
+        return tails.run_chain(plan, torch.cat(inputs, 1))
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
+        plan = self._fused_half_of(self, 1)
         features = [input] if isinstance(input, Tensor) else input
-        _, second = self._fused_halves_of(self)
-        if not self._may_run(second, features[0]):
+        if not self._may_run(plan, features[0]):
             return super().forward(input)
         if self.memory_efficient and self.any_requires_grad(features):
             x = self.call_checkpoint_bottleneck(features)
         else:
             x = self.bn_function(features)
-        x = tails.run_chain(second, x)
+        x = tails.run_chain(plan, x)
         return F.dropout(x, self.drop_rate, self.training) if self.drop_rate > 0 else x
 
 

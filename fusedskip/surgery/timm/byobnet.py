@@ -68,17 +68,22 @@ class FusedRepVggBlock(Fused, byobnet.RepVggBlock, forward="476ae3225668"):
 
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        attn, convs, both = cls._fused_plans_of(module)
-        return tails.joined(convs, attn) if both is None else tails.joined(both, convs, attn)
+        return _judged_together(*cls._fused_plans_of(module))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._fused_applies(self) or not self._may_run(self._fused_plan_of(self), x):
+        if not self._fused_applies(self):
             return super().forward(x)
-        attn, convs, both = self._fused_plans_of(self)
+        attn, convs, both = plans = self._fused_plans_of(self)
+        if not self._may_run(_judged_together(*plans), x):
+            return super().forward(x)
         out = tails.run_skip(convs, x, add=Tensor.add)
         if both is not None:
             out = tails.run_skip(both, x, self.drop_path(out), add=_add_to_second)
         return self.act(tails.run_chain(attn, out)) if attn.branch else out
+
+
+def _judged_together(attn: Plan, convs: Plan, both: Plan | None) -> Plan:
+    return tails.joined(convs, attn) if both is None else tails.joined(both, convs, attn)
 
 
 def _add_to_second(x: Tensor, out: Tensor) -> Tensor:
