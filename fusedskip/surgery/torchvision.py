@@ -235,24 +235,21 @@ class FusedDenseLayer(
 ):
     """The layer of DenseNet, whose norms stand ahead of its convolutions."""
 
-    _fused_halves = ("norm1", "relu1", "conv1"), ("norm2", "relu2", "conv2")
-
-    @classmethod
-    def _fused_half_of(cls, module: Any, half: int) -> Plan:
-        return tails.plan_chain(tails.children(module, cls._fused_halves[half]))
-
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.joined(cls._fused_half_of(module, 1), cls._fused_half_of(module, 0))
+        first = tails.children(module, ("norm1", "relu1", "conv1"))
+        second = tails.children(module, ("norm2", "relu2", "conv2"))
+        return tails.joined(tails.plan_chain(second), tails.plan_chain(first))
 
     def bn_function(self, inputs: list[Tensor]) -> Tensor:
-        plan = self._fused_half_of(self, 0)
+        plan = self._fused_plan_of(self)
         if not self._may_run(plan, inputs[0]):
             return super().bn_function(inputs)
-        return tails.run_chain(plan, torch.cat(inputs, 1))
+        (first,) = plan.others
+        return tails.run_chain(first, torch.cat(inputs, 1))
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
-        plan = self._fused_half_of(self, 1)
+        plan = self._fused_plan_of(self)
         features = [input] if isinstance(input, Tensor) else input
         if not self._may_run(plan, features[0]):
             return super().forward(input)
