@@ -16,11 +16,15 @@ from fusedskip.tracing import leaf
 Model = TypeVar("Model", bound=nn.Module)
 
 
+# The classes of norms that are frozen for good, and their eps; None for those that have their own.
+FROZEN: dict[type[nn.Module], float | None] = {}
+
+
 class _Call:
     """What `nn.BatchNorm*d.forward` passes to `F.batch_norm`, and what it then counts."""
 
     def __init__(self, bn: Any, x: Tensor) -> None:
-        self._bn = bn
+        self.weight, self.bias = bn.weight, bn.bias
         if not isinstance(bn, _BatchNorm):
             return self._freeze(bn)
         bn._check_input_dim(x)
@@ -56,21 +60,25 @@ class _Call:
         """Of a norm that is frozen for good: all that it has are buffers."""
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
         self.training, self.momentum, self.group = False, 0.0, None
-        self.eps = getattr(norm, "eps", 1e-5)  # those of transformers have this one
+        eps = FROZEN.get(type(norm))
+        self.eps = norm.eps if eps is None else eps
         self._counter = None
+        if torch.is_grad_enabled():
+            # Eager keeps none of them for backward: a checkpoint may be loaded before that.
+            self.weight, self.bias = self.weight.clone(), self.bias.clone()
 
     def norm(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """`relu?(bn(x) + residual?)`, and count."""
-        bn, running = self._bn, (self.running_mean, self.running_var)
+        running = self.running_mean, self.running_var
         if self.group is None:
             return _run_and_count(
                 (self,), functional._batch_norm,
-                x, residual, *running, bn.weight, bn.bias,
+                x, residual, *running, self.weight, self.bias,
                 self.training, self.momentum, self.eps, relu,
             )  # fmt: skip
         return _run_and_count(
             (self,), distributed.sync_batch_norm,
-            x, residual, *running, bn.weight, bn.bias,
+            x, residual, *running, self.weight, self.bias,
             self.momentum, self.eps, relu, self.group,
         )  # fmt: skip
 
@@ -110,32 +118,42 @@ def _run_and_count(
     return out
 
 
-def _promotes(bn: nn.Module, x: Tensor) -> bool:
-    """Whether `bn` is frozen for good and makes of `x` another dtype or shape: it is torch's."""
+def is_torchs(bn: nn.Module, x: Tensor) -> bool:
+    """Whether `bn`, frozen for good, is to be called: no kernel does what it does with this `x`.
+
+    It is arithmetic of torch, which promotes dtypes, broadcasts, keeps any strides and
+    differentiates by all of its buffers.
+    """
     if isinstance(bn, _BatchNorm):
         return False
-    return x.dim() != 4 or any(b is None or b.dtype != x.dtype for b in bn._buffers.values())
+    if x.dim() != 4 or not (
+        x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return True
+    shape, dtype = x.shape[1:2], x.dtype
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        buffer = bn._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or buffer.shape != shape or buffer.requires_grad:
+            return True
+    return False
 
 
 def apply_norm(bn: nn.Module, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
     """`relu?(bn(x) + residual?)` with the bookkeeping of `nn.BatchNorm*d.forward`.
 
-    `bn` is one of torch's, or such as `torchvision.ops.FrozenBatchNorm2d`.
+    `bn` is one of torch's, or of `FROZEN` and not `is_torchs`.
     """
-    if _promotes(bn, x):
-        out = bn(x) if residual is None else bn(x) + residual
-        return out.relu() if relu else out
     return _Call(bn, x).norm(x, residual, relu)
 
 
 def apply_cat_norm(bn: nn.Module, x: Tensor, skip: Tensor) -> Tensor:
     """`cat([skip, relu(bn(x))], dim=1)`, the bookkeeping of `bn` included."""
     call = _Call(bn, x)
-    if call.group is not None or _promotes(bn, x):
-        return torch.cat([skip, apply_norm(bn, x, None, relu=True)], dim=1)
+    if call.group is not None:
+        return torch.cat([skip, call.norm(x, None, relu=True)], dim=1)
     return _run_and_count(
         (call,), functional.cat_batch_norm_relu,
-        x, skip, call.running_mean, call.running_var, bn.weight, bn.bias,
+        x, skip, call.running_mean, call.running_var, call.weight, call.bias,
         call.training, call.momentum, call.eps,
     )  # fmt: skip
 
@@ -144,13 +162,12 @@ def apply_dual_norm(bn: nn.Module, x: Tensor, residual_bn: nn.Module, residual: 
     """`relu(bn(x) + residual_bn(residual))`, the bookkeeping of both included."""
     call, other = _Call(bn, x), _Call(residual_bn, residual)
     is_one = call.training == other.training  # neither alone is frozen
-    is_plain = is_one and call.group is None and other.group is None
-    if not is_plain or _promotes(bn, x) or _promotes(residual_bn, residual):
-        return apply_norm(bn, x, apply_norm(residual_bn, residual, None, relu=False), relu=True)
+    if not is_one or call.group is not None or other.group is not None:
+        return call.norm(x, other.norm(residual, None, relu=False), relu=True)
     return _run_and_count(
         (call, other), functional.dual_batch_norm_add_relu,
         x, residual, call.running_mean, call.running_var, other.running_mean, other.running_var,
-        bn.weight, bn.bias, residual_bn.weight, residual_bn.bias,
+        call.weight, call.bias, other.weight, other.bias,
         call.training, call.momentum, call.eps, other.momentum, other.eps,
     )  # fmt: skip
 

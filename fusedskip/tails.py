@@ -16,7 +16,13 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import functional
 from fusedskip.checks import check_same_shape
-from fusedskip.modules import NORM_RELUS, SyncBatchNorm, apply_dual_norm, apply_norm
+from fusedskip.modules import (
+    NORM_RELUS,
+    SyncBatchNorm,
+    apply_dual_norm,
+    apply_norm,
+    is_torchs,
+)
 
 # The norms that kernels compute, by exact type, and what else must hold of one.
 NORMS: dict[type[nn.Module], Callable[[Any], bool]] = dict.fromkeys(
@@ -52,6 +58,8 @@ FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None fo
 CALL = nn.Module.__call__  # FX replaces it while it traces
 RELU = nn.ReLU()  # stands in a chain for a call of `torch.relu`
 
+MISSING = nn.Module()  # stands for a child that is not there, on which eager fails
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -85,6 +93,8 @@ class Plan(NamedTuple):
             if computes is None or not computes(norm):
                 return norm, f"is {type(norm).__name__}, a norm that no kernel computes"
         for module in (*self.norms, *self.bypassed):
+            if module is MISSING:
+                return module, "lacks a child that it calls"
             if not is_plain(module):
                 has_hooks = any(module.__dict__[hooks] for hooks in _HOOKS)
                 return module, "has hooks" if has_hooks else "has a forward of its own"
@@ -121,7 +131,9 @@ def plan_skip(
     """The plan of `act(branch(x) + shortcut(x))`; an empty shortcut is the identity."""
     relu = type(act) is nn.ReLU
     norms: list[nn.Module] = []
-    bypassed: list[nn.Module] = [act] if relu else []  # type: ignore[list-item]
+    bypassed: list[nn.Module] = []
+    if act is not None and (relu or act is MISSING):
+        bypassed.append(act)
     branch, norm = _split_norm(_open_last(branch, bypassed))
     shortcut, shortcut_norm = _open_last(shortcut, bypassed), None
     if relu or norm is None:  # two norms go with a ReLU only
@@ -197,7 +209,12 @@ def run_skip(
         residual = run_steps(plan.shortcut, skip)
     norm: Any = plan.norm
     shortcut_norm: Any = plan.shortcut_norm
-    if out.dtype != residual.dtype or out.shape != residual.shape:
+    if (
+        out.dtype != residual.dtype
+        or out.shape != residual.shape
+        or (norm is not None and is_torchs(norm, out))
+        or (shortcut_norm is not None and is_torchs(shortcut_norm, residual))
+    ):
         out = out if norm is None else norm(out)
         out = add(out, residual if shortcut_norm is None else shortcut_norm(residual))
         out = out.relu() if plan.relu else out
@@ -254,15 +271,22 @@ def is_exactly(kind: type[nn.Module] | tuple[type[nn.Module], ...], *modules: nn
 def children(module: nn.Module, names: tuple[str | None, ...] | None) -> list[nn.Module | None]:
     """The children of these names, or all of them; a function may stand for one.
 
-    What has no name, or is not there, is None.
+    What has no name is None, and so may be those whose name ends in "?"; `MISSING` stands for what
+    else is not there.
     """
     modules = module._modules
     if names is None:
-        return list(modules.values())
-    return [
-        modules[name] if name in modules else module.__dict__.get(name)  # type: ignore[arg-type]
-        for name in names
-    ]
+        return [MISSING if child is None else child for child in modules.values()]
+    found = []
+    for name in names:
+        child = modules.get(name)  # type: ignore[arg-type]
+        if child is None and name is not None:
+            own_name = name.removesuffix("?")
+            child = modules.get(own_name, module.__dict__.get(own_name))
+            if child is None and own_name == name:
+                child = MISSING
+        found.append(child)
+    return found
 
 
 def resembles_norm(module: nn.Module) -> bool:
@@ -289,7 +313,12 @@ def is_plain(module: nn.Module) -> bool:
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:
     """Run steps one after the other."""
     for module, relu in steps:
-        x = module(x) if relu is None else apply_norm(module, x, None, relu=True)
+        if relu is None:
+            x = module(x)
+        elif is_torchs(module, x):
+            x = module(x).relu()
+        else:
+            x = apply_norm(module, x, None, relu=True)
     return x
 
 
@@ -310,6 +339,8 @@ def _present(modules: Iterable[nn.Module | None], bypassed: list[nn.Module]) -> 
     for module in modules:
         if module is None:
             continue
+        if module is MISSING:
+            bypassed.append(module)
         is_idle = IDLE.get(type(module))
         if is_idle is not None and is_idle(module):
             bypassed.append(module)

@@ -1,6 +1,7 @@
 """What the blocks of a library can be besides what whole models show of them."""
 
 import copy
+import importlib
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from .support import randomise_norms
 
 tv = torchvision.models
 byobnet = timm.models.byobnet
+googlenet = importlib.import_module("torchvision.models.googlenet")
 
 
 def twins(eager):
@@ -104,7 +106,7 @@ def rep_vgg(in_channels=8, attn=None, **options):
         (partial(rep_vgg, attn=timm.layers.SEModule), ("K3", "K3")),
         (partial(rep_vgg, 4), ("K6",)),
         (partial(rep_vgg, 4, attn=timm.layers.SEModule), ("K3",)),
-        (partial(rep_vgg, drop_path_rate=0.5), ("K3", "K2")),
+        (partial(rep_vgg, drop_path_rate=0.5), ("K3", "K4")),
     ],
     ids=["identity", "attention", "another width", "both", "drop path"],
 )
@@ -123,6 +125,27 @@ def test_rep_vgg(make, kernels):
     for ours, theirs in zip(fused.parameters(), eager.parameters(), strict=True):
         assert_equal(ours.grad, theirs.grad, floor=1e-12)
     assert_equal(fused.conv_kxk.bn.running_var, eager.conv_kxk.bn.running_var)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_rep_vgg_calls_in_eager_order(p):
+    """Whatever stands for its parts, even where they share statistics or draw random numbers."""
+    eager, fused = twins(rep_vgg(drop_path_rate=p))
+    x, _ = batches(4, 8, 7, 5)
+    for block in (eager, fused):
+        block.conv_kxk.bn.running_mean = block.conv_1x1.bn.running_mean
+        block.identity = nn.Sequential(block.identity, nn.Dropout(0.5))
+        block.identity[0].running_mean = block.conv_1x1.bn.running_mean
+        block.calls = []
+        for module in (block.identity, block.conv_1x1.conv, block.conv_kxk.conv):
+            module.register_forward_hook(lambda m, *_, calls=block.calls: calls.append(type(m)))
+        torch.manual_seed(0)
+        block.out = block(x)
+    # Where paths are dropped, what they share is in the way.
+    assert fusedskip.explain(fused).rows[0].fused == (p == 0)
+    assert fused.calls == eager.calls
+    assert_equal(fused.out, eager.out)
+    assert_equal(fused.conv_1x1.bn.running_mean, eager.conv_1x1.bn.running_mean)
 
 
 def test_rep_vgg_made_one_convolution():
@@ -153,3 +176,53 @@ def test_resnest(radix):
     eager, fused = twins(timm.models.resnest.ResNestBottleneck(16, 4, radix=radix))
     assert isinstance(fused, Fused)
     train_alike(fused, eager, batches(3, 16, 7, 5))
+
+
+@pytest.mark.parametrize("radix", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_split_attention(radix, layout):
+    eager, fused = twins(
+        timm.layers.SplitAttn(8, 8, 3, 1, 1, radix=radix, norm_layer=nn.BatchNorm2d)
+    )
+    x, _ = batches(3, 8, 7, 5)
+    ours, theirs = (block(x.contiguous(memory_format=layout)) for block in (fused, eager))
+    assert_equal(ours, theirs)
+    assert ours.stride() == theirs.stride()
+
+
+def test_a_space_to_depth_convolution_is_left_alone():
+    block = timm.models._efficientnet_blocks.InvertedResidual(8, 8, s2d=1)
+    assert "InvertedResidual" not in [row.type for row in fusedskip.explain(block)]
+
+
+INCOMPLETE = {
+    "resnet": lambda: tv.resnet.BasicBlock(8, 8),
+    "dense layer": lambda: tv.densenet._DenseLayer(8, 4, 2, 0.0),
+    "convolution": lambda: googlenet.BasicConv2d(8, 8, kernel_size=1),
+    "sequential": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
+    "mobilenet": lambda: inverted_residual(0.0),
+    "timm": lambda: timm.models.resnet.BasicBlock(8, 8),
+    "byobnet": lambda: byobnet.BasicBlock(8, 8),
+    "rep vgg": rep_vgg,
+    "split attention": lambda: timm.layers.SplitAttn(8, 8, 3, 1, 1, norm_layer=nn.BatchNorm2d),
+    "hgnet": lambda: timm.models.hgnet.ConvBNAct(8, 8, 3),
+}
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_without_a_child(name):
+    """Eager passes over a child that is None, or fails: so does what is fused."""
+    eager, _ = twins(INCOMPLETE[name]())
+    x, _ = batches(4, 8, 7, 5)
+    for child in eager._modules:
+        outs = []
+        for block in (copy.deepcopy(eager), fusedskip.fuse(copy.deepcopy(eager))):
+            setattr(block, child, None)
+            try:
+                outs.append(block(x))
+            except Exception as error:
+                outs.append(type(error))
+        if isinstance(outs[0], torch.Tensor):
+            assert_equal(*outs)
+        else:
+            assert outs[0] is outs[1], child

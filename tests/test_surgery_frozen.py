@@ -13,7 +13,7 @@ import fusedskip
 from fusedskip import blocks
 from fusedskip.surgery.fused import Fused
 
-from .libraries import torchvision, transformers
+from .libraries import timm, torchvision, transformers
 from .networks import assert_equal, count_calls, resnet, train_alike
 
 FrozenBatchNorm2d = torchvision.ops.FrozenBatchNorm2d
@@ -95,10 +95,124 @@ def test_one_image_alone_as_eager(relu):
     assert torch.equal(fused(x), eager(x))
 
 
+def half_frozen(frozen):
+    kinds = (FrozenBatchNorm2d, nn.BatchNorm2d)
+    return bottleneck(*(kinds if frozen == "branch" else kinds[::-1]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen", ["branch", "projection", "projection alone"])
+def test_beside_another_norm_under_autocast(frozen, training):
+    eager = half_frozen(frozen)
+    if frozen == "projection alone":
+        eager.bn3 = nn.Sequential(eager.bn3, nn.Sigmoid())
+    fused = fusedskip.fuse(copy.deepcopy(eager.train(training)))
+    x = torch.randn(3, 8, 7, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = fused(x), eager(x)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-5)
+
+
+def with_activation():
+    return timm.layers.FrozenBatchNormAct2d(4)
+
+
+def without_activation():
+    return nn.Sequential(FrozenBatchNorm2d(4), nn.ReLU())
+
+
+def promote(norm):
+    return torch.randn(2, 4, 5, 6).bfloat16()
+
+
+def one_image(norm):
+    return torch.randn(4, 5, 6)
+
+
+def other_strides(norm):
+    return torch.randn(2, 4, 5, 6).transpose(2, 3)
+
+
+def broadcast_input(norm):
+    return torch.randn(2, 1, 5, 6)
+
+
+def broadcast_bias(norm):
+    norm.bias = norm.bias[:1]
+    return torch.randn(2, 4, 5, 6)
+
+
+def parameter(norm):
+    weight = norm.weight.bfloat16()
+    del norm.weight
+    norm.weight = nn.Parameter(weight)
+    return torch.randn(2, 4, 5, 6)
+
+
+def differentiate_statistics(norm):
+    norm.running_mean.requires_grad_()
+    return torch.randn(2, 4, 5, 6)
+
+
+@pytest.mark.parametrize("make", [with_activation, without_activation])
+@pytest.mark.parametrize(
+    "change",
+    [
+        promote, one_image, other_strides, broadcast_input, broadcast_bias, parameter,
+        differentiate_statistics,
+    ],
+)  # fmt: skip
+def test_arithmetic_of_torch(make, change):
+    """What only the arithmetic that eager writes does: it is called then."""
+    eager = randomise(make())
+    x = change(eager if make is with_activation else eager[0]).requires_grad_()
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    ours, theirs = fused(x), eager(x)
+    assert torch.equal(ours, theirs)
+    assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+    gradients = torch.autograd.grad(ours.sum(), x), torch.autograd.grad(theirs.sum(), x)
+    assert torch.equal(*(gradient for (gradient,) in gradients))
+
+
+def test_a_checkpoint_loaded_before_backward():
+    eager = bottleneck().double()
+    fused, other = fusedskip.fuse(copy.deepcopy(eager)), randomise(copy.deepcopy(eager))
+    x, gradients = torch.randn(3, 8, 7, 5, dtype=torch.float64, requires_grad=True), []
+    for block in (fused, eager):
+        loss = block(x).square().sum()
+        for norm in (block.bn1, block.bn3, block.downsample[1]):
+            norm.load_state_dict(
+                other.bn3.state_dict() if norm is not block.bn1 else other.bn1.state_dict()
+            )
+        gradients += torch.autograd.grad(loss, x)
+    assert_equal(*gradients)
+
+
+def test_buffers_made_in_inference_mode():
+    with torch.inference_mode():
+        eager = randomise(FrozenBatchNorm2d(4))
+    fused = fusedskip.fuse(nn.Sequential(eager, nn.ReLU()))
+    x = torch.randn(2, 4, 5, 6, requires_grad=True)
+    ours, theirs = (
+        torch.autograd.grad(f(x).sum(), x)[0] for f in (fused, lambda x: eager(x).relu())
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_eps(norm):
+    """Those of transformers have their own, whatever an attribute says."""
+    eager = bottleneck(norm).double()
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    fused.bn3.eps = eager.bn3.eps = 0.1
+    x = torch.randn(3, 8, 7, 5, dtype=torch.float64)
+    assert_equal(fused(x), eager(x))
+
+
 @pytest.mark.parametrize("frozen", ["branch", "projection"])
 def test_beside_a_norm_that_is_trained(frozen):
-    kinds = (FrozenBatchNorm2d, nn.BatchNorm2d)
-    eager = bottleneck(*(kinds if frozen == "branch" else kinds[::-1])).double()
+    eager = half_frozen(frozen).double()
     fused = fusedskip.fuse(copy.deepcopy(eager), strict=True)
     train_alike(fused, eager, [torch.randn(3, 8, 7, 5, dtype=torch.float64) for _ in range(2)])
 

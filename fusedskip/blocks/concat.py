@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from fusedskip import functional
-from fusedskip.modules import NORM_RELUS, apply_cat_norm
+from fusedskip.modules import NORM_RELUS, apply_cat_norm, is_torchs
 from fusedskip.tails import chain, is_exactly, may_run, plan_chain, run_steps
 from fusedskip.tracing import leaf
 
@@ -49,7 +49,8 @@ class SkipSequential(nn.Sequential):
             if relu is not None or is_exactly(NORM_RELUS, norm):
                 out = run_steps(steps, x)
                 self._check_shape(out, x)
-                if out.dtype == x.dtype:  # not under autocast, which leaves x as it is
+                # Not under autocast, which leaves x as it is.
+                if out.dtype == x.dtype and not is_torchs(norm, out):
                     return apply_cat_norm(norm, out, x)
                 return torch.cat([x, run_steps(plan.branch[-1:], out)], dim=1)
         out = chain(x, self)

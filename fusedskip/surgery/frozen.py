@@ -7,15 +7,18 @@ in buffers, and a forward that applies them.
 from torch import nn
 
 from fusedskip import tails
+from fusedskip.modules import FROZEN
 from fusedskip.surgery.fingerprints import known_method
 
-# The forwards of torchvision and of transformers.
-_FORWARDS = "228cfd874a3f db52c6d24328"
+# The forwards of torchvision and of transformers, and the eps of these.
+_FORWARDS = {"228cfd874a3f": None, "db52c6d24328": 1e-5}
 
 
 def learn(model: nn.Module) -> None:
     """Let kernels compute those in `model`."""
     for kind in {type(module) for module in model.modules()} - tails.NORMS.keys():
-        if kind.__name__.endswith("FrozenBatchNorm2d") and known_method(kind, "forward", _FORWARDS):
-            tails.NORMS[kind] = lambda norm: True
-            tails.FORWARDS[kind] = kind.forward
+        if kind.__name__.endswith("FrozenBatchNorm2d"):
+            for known, eps in _FORWARDS.items():
+                if known_method(kind, "forward", known):
+                    FROZEN[kind], tails.NORMS[kind] = eps, lambda norm: True
+                    tails.FORWARDS[kind] = kind.forward

@@ -139,8 +139,8 @@ class FusedSkip(Fused):
     """A block: `act(branch(x) + shortcut(x))`.
 
     Attributes:
-        _fused_branch, _fused_shortcut: children, called in this order; None and Identity are passed
-            over.
+        _fused_branch, _fused_shortcut: names of children, called in this order; those that end in
+            "?" may be None.
         _fused_act: the child that is called on the sum, if there is one.
         _fused_inplace: whether eager adds in place, so that the sum has dtype and shape of the
             branch.
@@ -168,7 +168,8 @@ class FusedSkip(Fused):
 
     @classmethod
     def _fused_plan_of(cls, module: nn.Module) -> Plan:
-        children, n_branch = tails.children(module, cls._fused_children), len(cls._fused_branch)
+        children = tails.children(module, cls._fused_children)
+        n_branch = len(cls._fused_branch)
         branch, shortcut, act = children[:n_branch], children[n_branch:-1], children[-1]
         plan = tails.plan_skip(branch, shortcut, act)
         # What the library calls a norm must be one: it may have been folded into a convolution.

@@ -42,7 +42,7 @@ class FusedBasicBlock(FusedSkip, resnet.BasicBlock, forward="e469bbb0e395"):
     """The block of ResNet-18 and -34."""
 
     _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2")
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "relu"
 
 
@@ -50,7 +50,7 @@ class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="ff89db889084"):
     """The block of ResNet-50 and up, ResNeXt and Wide ResNet."""
 
     _fused_branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "relu"
 
 
@@ -59,7 +59,7 @@ class FusedResNet(Fused, resnet.ResNet, _forward_impl="9c951761811f"):
 
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.plan_chain((module.conv1, module.bn1, module.relu, module.maxpool))
+        return tails.plan_chain(tails.children(module, ("conv1", "bn1", "relu", "maxpool")))
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         plan = self._fused_plan_of(self)
@@ -74,7 +74,7 @@ class FusedVideoBasicBlock(FusedSkip, video_resnet.BasicBlock, forward="2c3b56bf
     """The block of r3d_18, mc3_18 and r2plus1d_18."""
 
     _fused_branch = ("conv1", "conv2")
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "relu"
 
 
@@ -82,7 +82,7 @@ class FusedVideoBottleneck(FusedSkip, video_resnet.Bottleneck, forward="46f43f90
     """The bottleneck of video ResNets."""
 
     _fused_branch = ("conv1", "conv2", "conv3")
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "relu"
 
 
@@ -90,7 +90,7 @@ class FusedResBottleneckBlock(FusedSkip, regnet.ResBottleneckBlock, forward="253
     """The block of RegNet X and Y."""
 
     _fused_branch = ("f",)
-    _fused_shortcut = ("proj",)
+    _fused_shortcut = ("proj?",)
     _fused_act = "activation"
     _fused_inplace = False
     _fused_shortcut_first = True
@@ -268,7 +268,7 @@ class FusedTransition(FusedChain, densenet._Transition, forward=SEQUENTIAL):
 class _FusedBasicConv2d(Fused):
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.plan_chain((module.conv, module.bn, tails.RELU))
+        return tails.plan_chain((*tails.children(module, ("conv", "bn")), tails.RELU))
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self._fused_plan_of(self)

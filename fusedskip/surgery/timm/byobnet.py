@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from timm.models import byobnet
 from torch import Tensor
 
@@ -57,34 +58,46 @@ class FusedRepVggBlock(Fused, byobnet.RepVggBlock, forward="476ae3225668"):
         return module.reparam_conv is None
 
     @classmethod
-    def _fused_plans_of(cls, module: Any) -> tuple[Plan, Plan, Plan | None]:
-        """Those of the attention, of the sum of the convolutions, and of that and the input."""
-        attn = tails.plan_chain((module.attn,))
-        act = None if attn.branch else module.act
-        convs = (module.conv_1x1,), (module.conv_kxk,)
+    def _fused_plans_of(cls, module: Any, under_autocast: bool = False) -> dict[str, Plan]:
+        """Of the attention; of the sum of the convolutions, or of what is added one by one."""
+        names = ("conv_1x1", "conv_kxk", "drop_path", "attn", "act")
+        first, second, drop_path, attn, act = tails.children(module, names)
+        plans = {"attn": tails.plan_chain((attn,))}
+        last_act = None if plans["attn"].branch else act
         if module.identity is None:
-            return attn, tails.plan_skip(*convs, act), None
-        return attn, tails.plan_skip(*convs, None), tails.plan_skip((module.identity,), (), act)
+            return plans | {"both": tails.plan_skip((first,), (second,), last_act)}
+        # Under autocast the input has another dtype than the sum to which it is added.
+        if under_autocast or tails.plan_chain((drop_path,)).branch:
+            both = tails.plan_skip((first,), (second,), None)
+            return plans | {"both": both, "sum": tails.plan_skip((), (), last_act)}
+        return plans | {
+            "first": tails.plan_skip((first,), (), None),
+            "second": tails.plan_skip((second,), (), last_act),
+        }
 
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return _judged_together(*cls._fused_plans_of(module))
+        return _judged_together(cls._fused_plans_of(module))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._fused_applies(self):
+        if not self._fused_applies(self) or not isinstance(x, Tensor):
             return super().forward(x)
-        attn, convs, both = plans = self._fused_plans_of(self)
-        if not self._may_run(_judged_together(*plans), x):
+        plans = self._fused_plans_of(self, torch.is_autocast_enabled(x.device.type))
+        if not self._may_run(_judged_together(plans), x):
             return super().forward(x)
-        out = tails.run_skip(convs, x, add=Tensor.add)
-        if both is not None:
-            out = tails.run_skip(both, x, self.drop_path(out), add=_add_to_second)
-        return self.act(tails.run_chain(attn, out)) if attn.branch else out
+        if self.identity is None:
+            out = tails.run_skip(plans["both"], x, add=Tensor.add)
+        else:
+            identity = self.identity(x)
+            if "both" in plans:
+                out = self.drop_path(tails.run_skip(plans["both"], x, add=Tensor.add))
+                out = tails.run_skip(plans["sum"], out, identity)
+            else:
+                out = tails.run_skip(plans["first"], x, identity, add=Tensor.add)
+                out = tails.run_skip(plans["second"], x, out, add=Tensor.add)
+        return self.act(tails.run_chain(plans["attn"], out)) if plans["attn"].branch else out
 
 
-def _judged_together(attn: Plan, convs: Plan, both: Plan | None) -> Plan:
-    return tails.joined(convs, attn) if both is None else tails.joined(both, convs, attn)
-
-
-def _add_to_second(x: Tensor, out: Tensor) -> Tensor:
-    return out.add_(x)
+def _judged_together(plans: dict[str, Plan]) -> Plan:
+    *others, last = plans.values()
+    return tails.joined(last, *others)

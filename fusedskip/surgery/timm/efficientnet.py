@@ -12,7 +12,8 @@ class _FusedResidual(FusedSkip):
 
     @classmethod
     def _fused_applies(cls, module: Any) -> bool:
-        return bool(module.has_skip)
+        # Variants that begin with a space-to-depth convolution are left alone.
+        return bool(module.has_skip) and getattr(module, "conv_s2d", None) is None
 
 
 class FusedDepthwiseSeparableConv(
@@ -21,7 +22,7 @@ class FusedDepthwiseSeparableConv(
     """A depthwise convolution and one of 1x1."""
 
     _fused_branch = (
-        "conv_s2d", "bn_s2d", "conv_dw", "bn1", "aa", "se", "conv_pw", "bn2", "drop_path",
+        "conv_dw", "bn1", "aa", "se", "conv_pw", "bn2", "drop_path",
     )  # fmt: skip
 
 
@@ -29,7 +30,7 @@ class FusedInvertedResidual(_FusedResidual, blocks.InvertedResidual, forward="13
     """A depthwise convolution between two of 1x1."""
 
     _fused_branch = (
-        "conv_s2d", "bn_s2d", "conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3",
+        "conv_pw", "bn1", "conv_dw", "bn2", "aa", "se", "conv_pwl", "bn3",
         "drop_path",
     )  # fmt: skip
 

@@ -9,13 +9,13 @@ from timm.models import hgnet
 from torch import Tensor, nn
 
 from fusedskip import tails
-from fusedskip.modules import apply_norm
+from fusedskip.modules import apply_norm, is_torchs
 from fusedskip.surgery.fused import Fused, FusedChain, know_idle
 from fusedskip.tails import Plan
 
 
 def _drops_nothing(module: Any) -> bool:
-    return not module.training or not module.drop_prob
+    return not module.training or module.drop_prob == 0
 
 
 know_idle(DropPath, _drops_nothing, forward="b32966c16888")
@@ -36,7 +36,7 @@ class _FusedNormAct(Fused):
 
     def forward(self, x: Tensor) -> Tensor:
         plan = self._fused_plan_of(self)
-        if plan.branch and self._may_run(plan, x):
+        if plan.branch and self._may_run(plan, x) and not is_torchs(self, x):
             return apply_norm(self, x, None, relu=True)
         return super().forward(x)
 
@@ -69,7 +69,7 @@ class FusedOneInput(FusedChain):
 class FusedConvNormAct(FusedOneInput, ConvNormAct, forward="db6ac5abd927"):
     """Convolution and norm; the norm brings its own activation."""
 
-    _fused_names = ("conv", "bn", "aa")
+    _fused_names = ("conv", "bn", "aa?")
 
 
 class FusedConvBNAct(FusedOneInput, hgnet.ConvBNAct, forward="de6dcb38c2d2"):

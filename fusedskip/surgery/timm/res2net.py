@@ -14,7 +14,7 @@ from fusedskip.tails import Plan
 class _FusedScales(FusedSkip):
     """A block whose middle convolutions each see what the one before them gave (Res2Net)."""
 
-    _fused_branch = ("drop_block", "conv3", "bn3", "se", "drop_path")
+    _fused_branch = ("drop_block?", "conv3", "bn3", "se?", "drop_path?")
     _fused_act = "relu"
 
     @classmethod
@@ -46,7 +46,7 @@ class _FusedScales(FusedSkip):
 class FusedBottle2neck(_FusedScales, res2net.Bottle2neck, forward="168a6143acc4"):
     """The block of Res2Net."""
 
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
 
     def forward(self, x: Tensor) -> Tensor:
         plans = self._fused_plans_of(self)

@@ -16,8 +16,10 @@ from fusedskip.tails import Plan
 class FusedBasicBlock(FusedSkip, resnet.BasicBlock, forward="459b888dd004"):
     """The block of ResNet-18 and -34."""
 
-    _fused_branch = ("conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se", "drop_path")
-    _fused_shortcut = ("downsample",)
+    _fused_branch = (
+        "conv1", "bn1", "drop_block", "act1", "aa", "conv2", "bn2", "se?", "drop_path?",
+    )  # fmt: skip
+    _fused_shortcut = ("downsample?",)
     _fused_act = "act2"
 
 
@@ -26,9 +28,9 @@ class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="58c1c81d9c8b"):
 
     _fused_branch = (
         "conv1", "bn1", "act1", "conv2", "bn2", "drop_block", "act2", "aa",
-        "conv3", "bn3", "se", "drop_path",
+        "conv3", "bn3", "se?", "drop_path?",
     )  # fmt: skip
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "act3"
 
 
@@ -37,7 +39,7 @@ class FusedResNet(Fused, resnet.ResNet, forward_features="b3983db7730c"):
 
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.plan_chain((module.conv1, module.bn1, module.act1, module.maxpool))
+        return tails.plan_chain(tails.children(module, ("conv1", "bn1", "act1", "maxpool")))
 
     def forward_features(self, x: Tensor) -> Tensor:
         plan = self._fused_plan_of(self)
@@ -56,7 +58,7 @@ class FusedRegNetBottleneck(FusedSkip, regnet.Bottleneck, forward="0017c95c5740"
     """The block of RegNet X and Y, where it has a skip connection."""
 
     _fused_branch = ("conv1", "conv2", "se", "conv3", "drop_path")
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "act3"
     _fused_inplace = False
 
@@ -81,7 +83,7 @@ class FusedResNetV2Bottleneck(FusedSkip, resnetv2.Bottleneck, forward="edff604fc
     """The post-activation block of ResNet V2; its first two norms bring their activations."""
 
     _fused_branch = ("conv1", "norm1", "conv2", "norm2", "conv3", "norm3", "drop_path")
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "act3"
     _fused_inplace = False
     _fused_shortcut_first = True

@@ -31,21 +31,25 @@ class FusedSplitAttn(Fused, SplitAttn, forward="c6246ddd9739"):
             return super().forward(x)
         x = tails.run_chain(plans[0], x)
         n, _, height, width = x.shape
-        parts = x.reshape(n, self.radix, -1, height, width)
-        pooled = parts.sum(1).mean((2, 3), keepdim=True)
-        weights = self.rsoftmax(tails.run_chain(plans[1], pooled))
-        return (parts * weights.view(n, self.radix, -1, 1, 1)).sum(1).contiguous()
+        is_split, in_parts = self.radix > 1, (n, self.radix, -1, height, width)
+        parts = x.reshape(in_parts) if is_split else x
+        pooled = (parts.sum(1) if is_split else parts).mean((2, 3), keepdim=True)
+        weights = self.rsoftmax(tails.run_chain(plans[1], pooled)).view(n, -1, 1, 1)
+        if is_split:
+            weights = weights.view(n, self.radix, -1, 1, 1)
+        out = parts * weights
+        return (out.sum(1) if is_split else out).contiguous()
 
 
 class FusedResNestBottleneck(FusedSkip, resnest.ResNestBottleneck, forward="38cda47c39b3"):
     """The block of ResNeSt, where it drops no paths."""
 
     _fused_branch = (
-        "conv1", "bn1", "act1", "avd_first", "conv2", "bn2", "drop_block", "act2", "avd_last",
+        "conv1", "bn1", "act1", "avd_first?", "conv2", "bn2", "drop_block", "act2", "avd_last?",
         "conv3", "bn3",
     )  # fmt: skip
     _fused_norms = (1, 10)  # bn2 is in the convolution
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "act3"
 
     @classmethod
@@ -54,7 +58,7 @@ class FusedResNestBottleneck(FusedSkip, resnest.ResNestBottleneck, forward="38cd
 
 
 class _FusedSelectiveKernel(FusedSkip):
-    _fused_shortcut = ("downsample",)
+    _fused_shortcut = ("downsample?",)
     _fused_act = "act"
 
 
@@ -63,7 +67,7 @@ class FusedSelectiveKernelBasic(
 ):
     """The block of SKNet-18 and -34."""
 
-    _fused_branch = ("conv1", "conv2", "se", "drop_path")
+    _fused_branch = ("conv1", "conv2", "se?", "drop_path?")
 
 
 class FusedSelectiveKernelBottleneck(
@@ -71,4 +75,4 @@ class FusedSelectiveKernelBottleneck(
 ):
     """The block of SKNet-50."""
 
-    _fused_branch = ("conv1", "conv2", "conv3", "se", "drop_path")
+    _fused_branch = ("conv1", "conv2", "conv3", "se?", "drop_path?")
