@@ -307,13 +307,14 @@ def test_no_library_is_imported_for_a_model_that_does_not_use_it():
     assert printed.stdout.strip() == "[]"
 
 
-def test_an_unknown_release_of_a_library_is_announced(monkeypatch):
+@pytest.mark.parametrize("error", [ImportError, AttributeError])
+def test_an_unknown_release_of_a_library_is_announced(monkeypatch, error):
     def fail(name):
-        raise ImportError("cannot import name 'resnet'")
+        raise error("cannot find 'resnet'")
 
     monkeypatch.setattr(surgery.importlib, "import_module", fail)
     surgery._load.cache_clear()
-    with pytest.warns(UserWarning, match="fusedskip fuses nothing of this timm: cannot import"):
+    with pytest.warns(UserWarning, match="fusedskip knows another timm than this: cannot find"):
         surgery._load("timm")
     surgery._load.cache_clear()
 

@@ -221,5 +221,5 @@ def _load(library: str) -> None:
         return
     try:
         importlib.import_module(f"fusedskip.surgery.{library}")
-    except ImportError as error:
-        warnings.warn(f"fusedskip fuses nothing of this {library}: {error}", stacklevel=2)
+    except (ImportError, AttributeError) as error:  # a release without what is known of another
+        warnings.warn(f"fusedskip knows another {library} than this: {error}", stacklevel=2)
