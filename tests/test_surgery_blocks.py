@@ -148,6 +148,15 @@ def test_rep_vgg_calls_in_eager_order(p):
     assert_equal(fused.conv_1x1.bn.running_mean, eager.conv_1x1.bn.running_mean)
 
 
+@pytest.mark.parametrize("name", ["drop_path", "attn", "act", "identity", "conv_kxk"])
+def test_rep_vgg_with_a_hook(name):
+    eager, fused = twins(rep_vgg())
+    x, _ = batches(4, 8, 7, 5)
+    for block in (eager, fused):
+        getattr(block, name).register_forward_hook(lambda module, args, out: out * 2)
+    assert_equal(fused(x), eager(x))
+
+
 def test_rep_vgg_made_one_convolution():
     eager, fused = twins(rep_vgg().eval())
     x, _ = batches(3, 8, 7, 5)

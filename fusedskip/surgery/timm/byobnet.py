@@ -66,8 +66,9 @@ class FusedRepVggBlock(Fused, byobnet.RepVggBlock, forward="476ae3225668"):
         last_act = None if plans["attn"].branch else act
         if module.identity is None:
             return plans | {"both": tails.plan_skip((first,), (second,), last_act)}
+        plans["drop_path"] = tails.plan_chain((drop_path,))
         # Under autocast the input has another dtype than the sum to which it is added.
-        if under_autocast or tails.plan_chain((drop_path,)).branch:
+        if under_autocast or plans["drop_path"].branch:
             both = tails.plan_skip((first,), (second,), None)
             return plans | {"both": both, "sum": tails.plan_skip((), (), last_act)}
         return plans | {
@@ -90,7 +91,8 @@ class FusedRepVggBlock(Fused, byobnet.RepVggBlock, forward="476ae3225668"):
         else:
             identity = self.identity(x)
             if "both" in plans:
-                out = self.drop_path(tails.run_skip(plans["both"], x, add=Tensor.add))
+                out = tails.run_skip(plans["both"], x, add=Tensor.add)
+                out = tails.run_chain(plans["drop_path"], out)
                 out = tails.run_skip(plans["sum"], out, identity)
             else:
                 out = tails.run_skip(plans["first"], x, identity, add=Tensor.add)
