@@ -107,28 +107,25 @@ class FusedInvertedResidual(FusedSkip, mobilenetv2.InvertedResidual, forward="af
         return bool(module.use_res_connect)
 
 
-class FusedInvertedResidualV3(FusedSkip, mobilenetv3.InvertedResidual, forward="cc9a83a58e8d"):
+class _FusedResConnect(FusedSkip):
+    @classmethod
+    def _fused_applies(cls, module: Any) -> bool:
+        return bool(module.use_res_connect)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)
+
+
+class FusedInvertedResidualV3(
+    _FusedResConnect, mobilenetv3.InvertedResidual, forward="cc9a83a58e8d"
+):
     """The block of MobileNet V3, where it has a skip connection."""
 
     _fused_branch = ("block",)
 
-    @classmethod
-    def _fused_applies(cls, module: Any) -> bool:
-        return bool(module.use_res_connect)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)
-
-
-class _FusedMBConv(FusedSkip):
+class _FusedMBConv(_FusedResConnect):
     _fused_branch = ("block", "stochastic_depth")
-
-    @classmethod
-    def _fused_applies(cls, module: Any) -> bool:
-        return bool(module.use_res_connect)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)
 
 
 class FusedMBConv(_FusedMBConv, efficientnet.MBConv, forward="43f006128f39"):
