@@ -23,49 +23,66 @@ FROZEN: dict[type[nn.Module], float | None] = {}
 class _Call:
     """What `nn.BatchNorm*d.forward` passes to `F.batch_norm`, and what it then counts."""
 
+    __slots__ = (
+        "_averages", "_counter", "bias", "eps", "group", "momentum", "running_mean", "running_var",
+        "training", "weight",
+    )  # fmt: skip
+
     def __init__(self, bn: Any, x: Tensor) -> None:
-        self.weight, self.bias = bn.weight, bn.bias
+        self.group = self._counter = None
+        self._averages: list[tuple[Tensor, Tensor]] = []
         if not isinstance(bn, _BatchNorm):
             return self._freeze(bn)
         bn._check_input_dim(x)
-        self.eps = bn.eps
-        tracks = bn.training and bn.track_running_stats
-        # Buffers take part in training when tracked, and in evaluation always.
-        use_buffers = tracks or not bn.training
-        running: tuple[Tensor | None, ...] = (None, None)
-        if use_buffers:
-            running = bn.running_mean, bn.running_var
-        synchronised = bn.training and isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm))
-        self.group = distributed.group_of(bn.process_group) if synchronised else None
-        self.training = bn.training or (bn.running_mean is None and bn.running_var is None)
-        self.momentum = bn.momentum or 0.0
-        self._counter = bn.num_batches_tracked if tracks else None
-        self._averages: list[tuple[Tensor, Tensor]] = []
+        self.eps, self.momentum = bn.eps, bn.momentum or 0.0
+        parameters, buffers = bn._parameters, bn._buffers
+        try:  # past nn.Module.__getattr__, which takes 0.2 us each
+            self.weight, self.bias = parameters["weight"], parameters["bias"]
+            self.running_mean = buffers["running_mean"]
+            self.running_var = buffers["running_var"]
+        except KeyError:  # an attribute has taken its place
+            self.weight, self.bias = bn.weight, bn.bias
+            self.running_mean, self.running_var = bn.running_mean, bn.running_var
+        if not bn.training:
+            self.training = self.running_mean is None and self.running_var is None
+            return
+        self.training = True
+        if isinstance(bn, (SyncBatchNorm, nn.SyncBatchNorm)):
+            self.group = distributed.group_of(bn.process_group)
+        if not bn.track_running_stats:
+            self.running_mean = self.running_var = None
+            return
+        name = "num_batches_tracked"
+        self._counter = buffers[name] if name in buffers else bn.num_batches_tracked
         # A batch without elements has no statistics to average.
         has_statistics = x.numel() > 0 or self.group is not None
         if bn.momentum is None and self._counter is not None and has_statistics:
-            buffers = [r for r in running if r is not None]
-            if any(r.dtype.itemsize == 2 for r in buffers):
-                # As eager does: 16 bits may not hold one batch's variance, nor the counter.
-                self.momentum = 1.0 / (float(self._counter) + 1.0)
-            else:
-                # The cumulative average weighs this batch by 1 / counter, which is on the device:
-                # reading it would wait for that, or break a graph.
-                self._averages = [(r, torch.zeros_like(r)) for r in buffers]
-                running = tuple(batch for _, batch in self._averages) or running
-                self.momentum = 1.0
-        self.running_mean, self.running_var = running
+            self._average(self._counter)
 
     def _freeze(self, norm: Any) -> None:
         """Of a norm that is frozen for good: all that it has are buffers."""
+        self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.training, self.momentum, self.group = False, 0.0, None
+        self.training, self.momentum = False, 0.0
         eps = FROZEN.get(type(norm))
         self.eps = norm.eps if eps is None else eps
-        self._counter = None
         if torch.is_grad_enabled():
             # Eager keeps none of them for backward: a checkpoint may be loaded before that.
             self.weight, self.bias = self.weight.clone(), self.bias.clone()
+
+    def _average(self, counter: Tensor) -> None:
+        """Of a norm without momentum: its statistics are the averages over all batches."""
+        running = self.running_mean, self.running_var
+        buffers = [r for r in running if r is not None]
+        if any(r.dtype.itemsize == 2 for r in buffers):
+            # As eager does: 16 bits may not hold one batch's variance, nor the counter.
+            self.momentum = 1.0 / (float(counter) + 1.0)
+        elif len(buffers) == 2:
+            # The cumulative average weighs this batch by 1 / counter, which is on the device:
+            # reading it would wait for that, or break a graph.
+            self._averages = [(r, torch.zeros_like(r)) for r in buffers]
+            self.running_mean, self.running_var = (batch for _, batch in self._averages)
+            self.momentum = 1.0
 
     def norm(self, x: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         """`relu?(bn(x) + residual?)`, and count."""
