@@ -36,6 +36,8 @@ class _Call:
         bn._check_input_dim(x)
         self.eps, self.momentum = bn.eps, bn.momentum or 0.0
         parameters, buffers = bn._parameters, bn._buffers
+        self.weight: Tensor | None
+        self.bias: Tensor | None
         try:  # past nn.Module.__getattr__, which takes 0.2 us each
             self.weight, self.bias = parameters["weight"], parameters["bias"]
             self.running_mean = buffers["running_mean"]
@@ -52,8 +54,7 @@ class _Call:
         if not bn.track_running_stats:
             self.running_mean = self.running_var = None
             return
-        name = "num_batches_tracked"
-        self._counter = buffers[name] if name in buffers else bn.num_batches_tracked
+        self._counter = bn.num_batches_tracked
         # A batch without elements has no statistics to average.
         has_statistics = x.numel() > 0 or self.group is not None
         if bn.momentum is None and self._counter is not None and has_statistics:

@@ -24,15 +24,20 @@ from fusedskip.modules import (
     is_torchs,
 )
 
+
+def always(module: Any) -> bool:
+    """Whatever the state of the module."""
+    return True
+
+
 # The norms that kernels compute, by exact type, and what else must hold of one.
 NORMS: dict[type[nn.Module], Callable[[Any], bool]] = dict.fromkeys(
-    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm),
-    lambda norm: True,
+    (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm), always
 )
 # Modules that call their children one after the other, by exact type: which, or None for all.
 CHAINS: dict[type[nn.Module], tuple[str, ...] | None] = {nn.Sequential: None}
 # Those that return what they are given, by exact type, and when.
-IDLE: dict[type[nn.Module], Callable[[Any], bool]] = {nn.Identity: lambda module: True}
+IDLE: dict[type[nn.Module], Callable[[Any], bool]] = {nn.Identity: always}
 
 # A module to call, or a norm and the ReLU that is one operation with it.
 Step = tuple[nn.Module, nn.Module | None]
@@ -60,7 +65,7 @@ RELU = nn.ReLU()  # stands in a chain for a call of `torch.relu`
 
 MISSING = nn.Module()  # stands for a child that is not there, on which eager fails
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Plan(NamedTuple):
@@ -96,7 +101,7 @@ class Plan(NamedTuple):
             if module is MISSING:
                 return module, "lacks a child that it calls"
             if not is_plain(module):
-                has_hooks = any(module.__dict__[hooks] for hooks in _HOOKS)
+                has_hooks = any(module.__dict__[hooks] for hooks in HOOKS)
                 return module, "has hooks" if has_hooks else "has a forward of its own"
         if self.norm is not None and (self.shortcut or self.shortcut_norm is not None):
             # Eager calls the whole branch first; here the shortcut's steps are ahead of its norm.
@@ -148,14 +153,18 @@ def joined(plan: Plan, *others: Plan) -> Plan:
     return plan._replace(others=others)
 
 
-def may_run(plan: Plan, x: Tensor) -> bool:
-    """Whether nothing forbids bypassing what the plan bypasses; FX is shown the single modules.
+def may_bypass(x: Tensor) -> bool:
+    """Whether modules may be bypassed at all; FX is shown the single ones.
 
-    Only strided tensors: MKLDNN's go from one module to the next as they are.
+    Only with strided tensors: MKLDNN's go from one module to the next as they are.
     """
     is_called = nn.Module.__call__ is CALL and not _has_any_global_hook()
-    is_strided = isinstance(x, Tensor) and x.layout is torch.strided
-    return is_called and is_strided and plan.obstacle() is None
+    return is_called and isinstance(x, Tensor) and x.layout is torch.strided
+
+
+def may_run(plan: Plan, x: Tensor) -> bool:
+    """Whether nothing forbids bypassing what the plan bypasses."""
+    return may_bypass(x) and plan.obstacle() is None
 
 
 def kernels(plan: Plan) -> tuple[str, ...]:
@@ -297,17 +306,23 @@ def resembles_norm(module: nn.Module) -> bool:
     return "Norm" in kind.__name__ and kind not in CHAINS and not issubclass(kind, nn.Sequential)
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether nobody notices that `module.forward` is bypassed: no hooks, no patched forward."""
-    attributes, kind = module.__dict__, type(module)
-    for hooks in _HOOKS:
-        if len(attributes[hooks]):
-            return False
+def forward_of(module: nn.Module) -> tuple[Any, Any]:
+    """The class whose forward is bypassed with that of `module`, and what that has to be."""
+    kind: Any = type(module)
     if kind not in FORWARDS:
         kind = getattr(kind, "_fused_replaces", kind)
-    forward = kind.forward
+    return kind, FORWARDS.get(kind, kind.forward)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether nobody notices that `module.forward` is bypassed: no hooks, no patched forward."""
+    attributes = module.__dict__
+    for hooks in HOOKS:
+        if len(attributes[hooks]):
+            return False
+    kind, forward = forward_of(module)
     # Of keys, dynamo guards that none is added.
-    return "forward" not in attributes.keys() and forward is FORWARDS.get(kind, forward)  # noqa: SIM118
+    return "forward" not in attributes.keys() and kind.forward is forward  # noqa: SIM118
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ def unfuse(model: Model) -> Model:
             )
     for module in fused.values():
         module.__class__ = module._fused_replaces  # type: ignore[assignment]
+        module.__dict__.pop("_fused_remembered", None)
     return model
 
 

@@ -20,5 +20,5 @@ def learn(model: nn.Module) -> None:
         if kind.__name__.endswith("FrozenBatchNorm2d"):
             for known, eps in _FORWARDS.items():
                 if known_method(kind, "forward", known):
-                    FROZEN[kind], tails.NORMS[kind] = eps, lambda norm: True
+                    FROZEN[kind], tails.NORMS[kind] = eps, tails.always
                     tails.FORWARDS[kind] = kind.forward

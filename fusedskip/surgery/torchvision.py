@@ -57,13 +57,11 @@ class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="ff89db889084"):
 class FusedResNet(Fused, resnet.ResNet, _forward_impl="9c951761811f"):
     """The stem of a ResNet."""
 
-    @classmethod
-    def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.plan_chain(tails.children(module, ("conv1", "bn1", "relu", "maxpool")))
+    _fused_children = ("conv1", "bn1", "relu", "maxpool")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        plan = self._fused_plan_of(self)
-        if not self._may_run(plan, x):
+        plan = self._fused_plan(x)
+        if plan is None:
             return super()._forward_impl(x)
         x = tails.run_chain(plan, x)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
@@ -153,14 +151,12 @@ class FusedMNASInvertedResidual(FusedSkip, mnasnet._InvertedResidual, forward="7
 class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b0287c1eb639"):
     """A backbone that hands out results of its layers: the stem, which it calls child by child."""
 
+    _fused_children = None
+
     @classmethod
     def _fused_applies(cls, module: Any) -> bool:
         plan = cls._fused_plan_of(module)
         return bool(tails.kernels(plan)) and cls._finds_layers(module, plan)
-
-    @classmethod
-    def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.plan_chain(module.values())
 
     @staticmethod
     def _finds_layers(module: Any, plan: Plan) -> bool:
@@ -169,8 +165,8 @@ class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b028
         return all(m in results for name, m in module.items() if name in module.return_layers)
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
-        plan = self._fused_plan_of(self)
-        if not self._may_run(plan, x) or not self._finds_layers(self, plan):
+        plan = self._fused_plan(x)
+        if plan is None or not self._finds_layers(self, plan):
             return super().forward(x)
         layers = self.return_layers
         names = {module: layers[name] for name, module in self.items() if name in layers}
@@ -232,23 +228,24 @@ class FusedDenseLayer(
 ):
     """The layer of DenseNet, whose norms stand ahead of its convolutions."""
 
+    _fused_children = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
+
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        first = tails.children(module, ("norm1", "relu1", "conv1"))
-        second = tails.children(module, ("norm2", "relu2", "conv2"))
-        return tails.joined(tails.plan_chain(second), tails.plan_chain(first))
+        children = tails.children(module, cls._fused_children)
+        return tails.joined(tails.plan_chain(children[3:]), tails.plan_chain(children[:3]))
 
     def bn_function(self, inputs: list[Tensor]) -> Tensor:
-        plan = self._fused_plan_of(self)
-        if not self._may_run(plan, inputs[0]):
+        plan = self._fused_plan(inputs[0])
+        if plan is None:
             return super().bn_function(inputs)
         (first,) = plan.others
         return tails.run_chain(first, torch.cat(inputs, 1))
 
     def forward(self, input: Tensor | list[Tensor]) -> Tensor:
-        plan = self._fused_plan_of(self)
         features = [input] if isinstance(input, Tensor) else input
-        if not self._may_run(plan, features[0]):
+        plan = self._fused_plan(features[0])
+        if plan is None:
             return super().forward(input)
         if self.memory_efficient and self.any_requires_grad(features):
             x = self.call_checkpoint_bottleneck(features)
@@ -263,13 +260,15 @@ class FusedTransition(FusedChain, densenet._Transition, forward=SEQUENTIAL):
 
 
 class _FusedBasicConv2d(Fused):
+    _fused_children = ("conv", "bn")
+
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.plan_chain((*tails.children(module, ("conv", "bn")), tails.RELU))
+        return tails.plan_chain((*tails.children(module, cls._fused_children), tails.RELU))
 
     def forward(self, x: Tensor) -> Tensor:
-        plan = self._fused_plan_of(self)
-        return tails.run_chain(plan, x) if self._may_run(plan, x) else super().forward(x)
+        plan = self._fused_plan(x)
+        return super().forward(x) if plan is None else tails.run_chain(plan, x)
 
 
 class FusedGoogLeNetConv2d(_FusedBasicConv2d, googlenet.BasicConv2d, forward="4cc6f0dc8c51"):

@@ -14,14 +14,14 @@ _LAYER = "cf73c25d27ae"
 
 
 class _FusedConvLayer(FusedChain):
-    _fused_names = ("convolution", "normalization", "activation")
+    _fused_children = ("convolution", "normalization", "activation")
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return super().forward(hidden_states)
 
 
 class _FusedShortCut(FusedChain):
-    _fused_names = ("convolution", "normalization")
+    _fused_children = ("convolution", "normalization")
 
 
 class _FusedLayer(FusedSkip):
@@ -91,4 +91,4 @@ class FusedRTDetrResNetBottleNeckLayer(
 class FusedHGNetV2ConvLayer(FusedChain, hgnet.HGNetV2ConvLayer, forward="af686d9ae0a6"):
     """Convolution, norm, activation and a learnable affine map of HGNet V2."""
 
-    _fused_names = ("convolution", "normalization", "activation", "lab")
+    _fused_children = ("convolution", "normalization", "activation", "lab")

@@ -15,7 +15,7 @@ from fusedskip.tails import Plan
 class FusedDownsampleAvg(FusedOneInput, byobnet.DownsampleAvg, forward="301923584166"):
     """A projection after pooling, to which the blocks look through."""
 
-    _fused_names = ("pool", "conv")
+    _fused_children = ("pool", "conv")
 
 
 class _FusedBlock(FusedSkip):

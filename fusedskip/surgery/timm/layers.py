@@ -69,10 +69,10 @@ class FusedOneInput(FusedChain):
 class FusedConvNormAct(FusedOneInput, ConvNormAct, forward="db6ac5abd927"):
     """Convolution and norm; the norm brings its own activation."""
 
-    _fused_names = ("conv", "bn", "aa?")
+    _fused_children = ("conv", "bn", "aa?")
 
 
 class FusedConvBNAct(FusedOneInput, hgnet.ConvBNAct, forward="de6dcb38c2d2"):
     """Convolution, norm, activation and a learnable affine map of HGNet."""
 
-    _fused_names = ("conv", "bn", "act", "lab")
+    _fused_children = ("conv", "bn", "act", "lab")

@@ -59,8 +59,8 @@ class _FusedDla(FusedSkip):
     """A block whose tree may give it the shortcut."""
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, children: Any = None) -> Tensor:
-        plan = self._fused_plan_of(self)
-        if self._may_run(plan, x):
+        plan = self._fused_plan(x)
+        if plan is not None:
             return tails.run_skip(plan, x, shortcut)
         return self._fused_replaces.forward(self, x, shortcut, children)
 

@@ -37,13 +37,11 @@ class FusedBottleneck(FusedSkip, resnet.Bottleneck, forward="58c1c81d9c8b"):
 class FusedResNet(Fused, resnet.ResNet, forward_features="b3983db7730c"):
     """The stem of a ResNet."""
 
-    @classmethod
-    def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.plan_chain(tails.children(module, ("conv1", "bn1", "act1", "maxpool")))
+    _fused_children = ("conv1", "bn1", "act1", "maxpool")
 
     def forward_features(self, x: Tensor) -> Tensor:
-        plan = self._fused_plan_of(self)
-        if not self._may_run(plan, x):
+        plan = self._fused_plan(x)
+        if plan is None:
             return super().forward_features(x)
         x = tails.run_chain(plan, x)
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
@@ -70,13 +68,13 @@ class FusedRegNetBottleneck(FusedSkip, regnet.Bottleneck, forward="0017c95c5740"
 class FusedDownsampleConv(FusedOneInput, resnetv2.DownsampleConv, forward="95f6b4f2a5e1"):
     """A projection of ResNet V2."""
 
-    _fused_names = ("conv", "norm")
+    _fused_children = ("conv", "norm")
 
 
 class FusedDownsampleAvg(FusedOneInput, resnetv2.DownsampleAvg, forward="2e8645cf7ffc"):
     """A projection of ResNet V2, variant D."""
 
-    _fused_names = ("pool", "conv", "norm")
+    _fused_children = ("pool", "conv", "norm")
 
 
 class FusedResNetV2Bottleneck(FusedSkip, resnetv2.Bottleneck, forward="edff604fc22b"):

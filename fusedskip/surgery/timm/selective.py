@@ -14,27 +14,25 @@ from fusedskip.tails import Plan
 class FusedSplitAttn(Fused, SplitAttn, forward="c6246ddd9739"):
     """Parts of a grouped convolution, added up as their pooled sum says (ResNeSt)."""
 
-    @classmethod
-    def _fused_plans_of(cls, module: Any) -> tuple[Plan, Plan]:
-        """Those of the convolution, and of what weighs its parts."""
-        parts = tails.children(module, ("conv", "bn0", "drop", "act0"))
-        weights = tails.children(module, ("fc1", "bn1", "act1", "fc2"))
-        return tails.plan_chain(parts), tails.plan_chain(weights)
+    _fused_children = ("conv", "bn0", "drop", "act0", "fc1", "bn1", "act1", "fc2")
 
     @classmethod
     def _fused_plan_of(cls, module: Any) -> Plan:
-        return tails.joined(*cls._fused_plans_of(module))
+        """That of the convolution, and that of what weighs its parts."""
+        children = tails.children(module, cls._fused_children)
+        return tails.joined(tails.plan_chain(children[:4]), tails.plan_chain(children[4:]))
 
     def forward(self, x: Tensor) -> Tensor:
-        plans = self._fused_plans_of(self)
-        if not self._may_run(tails.joined(*plans), x):
+        plan = self._fused_plan(x)
+        if plan is None:
             return super().forward(x)
-        x = tails.run_chain(plans[0], x)
+        (weighing,) = plan.others
+        x = tails.run_chain(plan, x)
         n, _, height, width = x.shape
         is_split, in_parts = self.radix > 1, (n, self.radix, -1, height, width)
         parts = x.reshape(in_parts) if is_split else x
         pooled = (parts.sum(1) if is_split else parts).mean((2, 3), keepdim=True)
-        weights = self.rsoftmax(tails.run_chain(plans[1], pooled)).view(n, -1, 1, 1)
+        weights = self.rsoftmax(tails.run_chain(weighing, pooled)).view(n, -1, 1, 1)
         if is_split:
             weights = weights.view(n, self.radix, -1, 1, 1)
         out = parts * weights
