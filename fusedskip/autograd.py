@@ -45,23 +45,16 @@ class AddReLU(torch.autograd.Function):
         return dx, dout if ctx.relu_first else dx, None, None
 
 
-def bias_add_relu_forward(
-    backend: str, x: Tensor, residual: Tensor, bias: Tensor, save_mask: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`relu(x + residual + bias)`: the norm in evaluation, of mean 0, variance 1 and no weight."""
-    return KERNELS[backend].batch_norm(
-        x, residual, None, bias, None, None, False, 0.0, 0.0, True, save_mask
-    )
-
-
 class BiasAddReLU(torch.autograd.Function):
-    """`relu(x + residual + bias)`."""
+    """`relu(x + residual + bias)`: a norm in evaluation, of mean 0, variance 1 and no weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, bias: Tensor, backend: str) -> Tensor:
         x = dense(x)
         residual = laid_out_like(residual, x)
-        out, *saved = bias_add_relu_forward(backend, x, residual, bias, save_mask=True)
+        out, *saved = KERNELS[backend].batch_norm(
+            x, residual, None, bias, None, None, False, 0.0, 0.0, True, True
+        )
         ctx.save_for_backward(*saved)
         ctx.bias_dtype, ctx.strides, ctx.backend = bias.dtype, out.stride(), backend
         return out

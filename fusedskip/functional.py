@@ -91,7 +91,7 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
         return _apply(autograd.BiasAddReLU, (x, residual, bias), backend)
     x = dense(x)
     residual = laid_out_like(residual, x)
-    return autograd.bias_add_relu_forward(backend, x, residual, bias, save_mask=False)[0]
+    return KERNELS[backend].batch_norm_inference(x, residual, None, bias, None, None, 0.0, True)
 
 
 @overridable
@@ -341,6 +341,10 @@ def _batch_norm(
         )  # fmt: skip
     x = dense(x)
     residual = None if residual is None else laid_out_like(residual, x)
+    if not training:
+        return KERNELS[backend].batch_norm_inference(
+            x, residual, weight, bias, running_mean, running_var, eps, relu
+        )
     return KERNELS[backend].batch_norm(
         x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, False
     )[0]

@@ -175,12 +175,19 @@ def test_one_gradient_alone(backend, device, function, wanted):
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("function", [*FUNCTIONS, CAT])
-def test_no_graph_without_gradients(backend, device, function, guard):
-    problem = make_problem(function, (4, 7, 3, 5), torch.float32, "channels_last", device)
-    with guard():
-        out = call(problem, **problem.leaves(), **problem.buffers())
-    assert not out.requires_grad
-    assert torch.equal(out, run(problem)["out"])
+def test_without_gradients(backend, device, function, guard):
+    """No graph, and bit by bit what there is with one."""
+    for dtype, layout, training in itertools.product(DTYPES, LAYOUTS, (True, False)):
+        problem = make_problem(function, (4, 17, 3, 3), dtype, layout, device, training)
+        buffers = problem.buffers()
+        with guard():
+            out = call(problem, **problem.leaves(), **buffers)
+        assert not out.requires_grad
+        want = run(problem)
+        assert torch.equal(out, want["out"])
+        assert out.stride() == want["out"].stride()
+        for name, buffer in buffers.items():
+            assert torch.equal(buffer, want[name])
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

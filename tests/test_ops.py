@@ -62,6 +62,9 @@ def test_opcheck_batch_norm(backend, device, layout, training):
         opcheck(kernels.batch_norm, arguments, symbolic=not interpreted(backend))
         x, _, weight, bias, *_ = arguments
         _, mask, mean, rstd = kernels.batch_norm(*arguments)
+        if not training:
+            inference = (*arguments[:6], 1e-5, True)
+            opcheck(kernels.batch_norm_inference, inference, symbolic=not interpreted(backend))
         for needs in ((True, residual, True), (False, False, True), (True, False, False)):
             opcheck(
                 kernels.batch_norm_backward,
@@ -197,6 +200,13 @@ class TestCompiledOperatorsGuardMemory:
             self.kernels.dual_batch_norm(
                 self.x, residual, *[None] * 8, True, 0.1, 1e-5, 0.1, 1e-5, True
             )
+
+    def test_inference(self):
+        for name, argument in (("residual", self.x[:1]), ("weight", torch.ones(2))):
+            arguments = dict.fromkeys(("residual", "weight", "bias", "running_mean", "running_var"))
+            arguments[name] = argument
+            with pytest.raises(RuntimeError, match=f"{name}: expected"):
+                self.kernels.batch_norm_inference(self.x, **arguments, eps=1e-5, relu=True)
 
     @pytest.mark.parametrize("vector", [torch.ones(2), torch.ones(3, 2)[:, 0], torch.ones(1, 3)])
     def test_channel_vectors(self, vector):

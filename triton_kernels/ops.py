@@ -61,6 +61,21 @@ def batch_norm(
     return _forward(x, residual, norm, None, training, relu, save_mask)
 
 
+def batch_norm_inference(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """Return relu(bn(x) + residual) by the running statistics."""
+    norm = Norm(weight, bias, running_mean, running_var, 0.0, eps)
+    return _forward(x, residual, norm, None, False, relu, False)[0]
+
+
 def batch_norm_relu_into(
     x: Tensor,
     weight: Tensor | None,

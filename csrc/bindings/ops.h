@@ -61,6 +61,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(
 }
 
 template <typename Device>
+Tensor batch_norm_inference(const Tensor& x, const OptionalTensor& residual,
+                            const OptionalTensor& weight, const OptionalTensor& bias,
+                            const OptionalTensor& running_mean, const OptionalTensor& running_var,
+                            double eps, bool relu) {
+  const Device device(x);
+  const View view = view_of(x);
+  Tensor out = empty_like(x), mean_and_rstd = empty_statistics(x, 2);
+  Norm norm = norm_of(weight, bias, running_mean, running_var, 0, eps, mean_and_rstd, mean_and_rstd,
+                      0, x);
+  norm.rstd = statistics_row(mean_and_rstd, 1, x);
+  device.batch_norm({
+      .view = view,
+      .dtype = dtype_of(x),
+      .x = x.data_ptr(),
+      .residual = residual ? data_like(*residual, x, "residual") : nullptr,
+      .norm = norm,
+      .training = false,
+      .relu = relu,
+      .out = out.data_ptr(),
+      .out_pitch = view.n_channels * view.n_inner,
+  });
+  return out;
+}
+
+template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& dout, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& weight,
     const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training, bool relu,
@@ -253,6 +278,7 @@ void implement(Library& library) {
   library.impl("add_relu", TORCH_BOX(&add_relu<Device>));
   library.impl("add_relu_backward", TORCH_BOX(&add_relu_backward<Device>));
   library.impl("batch_norm", TORCH_BOX(&batch_norm<Device>));
+  library.impl("batch_norm_inference", TORCH_BOX(&batch_norm_inference<Device>));
   library.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward<Device>));
   library.impl("batch_norm_relu_into", TORCH_BOX(&batch_norm_relu_into<Device>));
   library.impl("dual_batch_norm", TORCH_BOX(&dual_batch_norm<Device>));
