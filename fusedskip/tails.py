@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import functional
-from fusedskip.checks import check_same_shape
 from fusedskip.modules import (
     NORM_RELUS,
     SyncBatchNorm,
@@ -240,34 +239,6 @@ def run_skip(
     return out if plan.relu or plan.act is None else plan.act(out)
 
 
-def skip_connection(
-    x: Tensor,
-    branch: Iterable[nn.Module | None],
-    shortcut: Iterable[nn.Module | None],
-    act: nn.Module | None,
-) -> Tensor:
-    """`act(branch(x) + shortcut(x))`: fused, or if a module forbids it, called one by one.
-
-    Raises:
-        ValueError: branch and shortcut differ in shape.
-    """
-    branch, shortcut = list(branch), list(shortcut)
-    plan = plan_skip(branch, shortcut, act)
-    if may_run(plan, x):
-        return run_skip(plan, x, add=_add_same_shape)
-    out = _add_same_shape(_call(branch, x), _call(shortcut, x))
-    return out if act is None else act(out)
-
-
-def chain(x: Tensor, modules: Iterable[nn.Module | None]) -> Tensor:
-    """The modules called one after the other, fused as far as they allow it."""
-    modules = list(modules)
-    plan = plan_chain(modules)
-    if may_run(plan, x):
-        return run_chain(plan, x)
-    return _call(modules, x)
-
-
 def is_exactly(kind: type[nn.Module] | tuple[type[nn.Module], ...], *modules: nn.Module) -> bool:
     """Whether calling these modules is the forward of `kind` and nothing else: it can be bypassed.
 
@@ -334,18 +305,6 @@ def run_steps(steps: list[Step], x: Tensor) -> Tensor:
             x = module(x).relu()
         else:
             x = apply_norm(module, x, None, relu=True)
-    return x
-
-
-def _add_same_shape(x: Tensor, residual: Tensor) -> Tensor:
-    if isinstance(x, Tensor):  # FX traces with proxies, which have no shape to speak of
-        check_same_shape(residual, x)
-    return x + residual
-
-
-def _call(modules: Iterable[nn.Module | None], x: Tensor) -> Tensor:
-    for module in modules:
-        x = x if module is None else module(x)
     return x
 
 

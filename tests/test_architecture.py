@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "functional": {"autograd", "backends", "checks", "layout", "reference", "tracing"},
     "distributed": {"backends", "checks", "layout", "reference"},
     "modules": {"distributed", "functional", "tracing"},
-    "tails": {"checks", "functional", "modules"},
-    "blocks": {"checks", "functional", "modules", "tails", "tracing", "blocks"},
-    "surgery": {"modules", "tails", "surgery"},
+    "tails": {"functional", "modules"},
+    "remembered": {"checks", "tails"},
+    "blocks": {"checks", "functional", "modules", "remembered", "tails", "tracing", "blocks"},
+    "surgery": {"modules", "remembered", "tails", "surgery"},
 }
 
 

@@ -68,8 +68,8 @@ Tensor batch_norm_inference(const Tensor& x, const OptionalTensor& residual,
   const Device device(x);
   const View view = view_of(x);
   Tensor out = empty_like(x), mean_and_rstd = empty_statistics(x, 2);
-  Norm norm = norm_of(weight, bias, running_mean, running_var, 0, eps, mean_and_rstd, mean_and_rstd,
-                      0, x);
+  Norm norm =
+      norm_of(weight, bias, running_mean, running_var, 0, eps, mean_and_rstd, mean_and_rstd, 0, x);
   norm.rstd = statistics_row(mean_and_rstd, 1, x);
   device.batch_norm({
       .view = view,

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from fusedskip import functional
 from fusedskip.modules import NORM_RELUS, apply_cat_norm, is_torchs
-from fusedskip.tails import chain, is_exactly, may_run, plan_chain, run_steps
+from fusedskip.remembered import plan_of
+from fusedskip.tails import children, is_exactly, plan_chain, run_chain, run_steps
 from fusedskip.tracing import leaf
 
 
@@ -43,8 +44,8 @@ class SkipSequential(nn.Sequential):
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
-        plan = plan_chain(self)
-        if plan.branch and may_run(plan, x):
+        plan = plan_of(self, None, lambda module: plan_chain(children(module, None)), x)
+        if plan is not None and plan.branch:
             steps, (norm, relu) = plan.branch[:-1], plan.branch[-1]
             if relu is not None or is_exactly(NORM_RELUS, norm):
                 out = run_steps(steps, x)
@@ -53,7 +54,7 @@ class SkipSequential(nn.Sequential):
                 if out.dtype == x.dtype and not is_torchs(norm, out):
                     return apply_cat_norm(norm, out, x)
                 return torch.cat([x, run_steps(plan.branch[-1:], out)], dim=1)
-        out = chain(x, self)
+        out = super().forward(x) if plan is None else run_chain(plan, x)
         self._check_shape(out, x)
         return torch.cat([x, out], dim=1)
 

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 from fusedskip import functional
 from fusedskip.checks import check_same_shape
-from fusedskip.tails import is_exactly, skip_connection
+from fusedskip.remembered import skip_connection
+from fusedskip.tails import is_exactly
 from fusedskip.tracing import leaf
 
 
@@ -32,8 +33,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = _shortcut(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = (self.conv1, self.bn1, self.relu, self.conv2, self.bn2)
-        return skip_connection(x, branch, (self.shortcut,), self.relu)
+        branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+        return skip_connection(self, x, branch, ("shortcut",), "relu")
 
 
 class PlainResidualBlock(nn.Module):
@@ -135,8 +136,8 @@ class SkipConnectionBlock(nn.Module):
         bypassable = is_exactly(nn.Conv2d, conv, projection) and is_exactly(nn.ReLU, self.relu)
         # One image alone, (C, H, W), has its channels where the kernel does not look for them.
         if not bypassable or conv.bias is None or projection.bias is None or x.dim() != 4:
-            branch = (self.conv1, self.relu, conv)
-            return skip_connection(x, branch, (projection,), self.relu)
+            branch = ("conv1", "relu", "conv2")
+            return skip_connection(self, x, branch, ("skip_projection",), "relu")
         out = self.relu(self.conv1(x))
         out = conv._conv_forward(out, conv.weight, None)
         residual = projection._conv_forward(x, projection.weight, None)

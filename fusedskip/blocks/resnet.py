@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fusedskip.tails import chain, skip_connection
+from fusedskip.remembered import chain, skip_connection
 
 NormLayer = Callable[[int], nn.Module]
 
@@ -71,8 +71,8 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = (self.conv1, self.bn1, self.relu, self.conv2, self.bn2)
-        return skip_connection(x, branch, (self.downsample,), self.relu)
+        branch = ("conv1", "bn1", "relu", "conv2", "bn2")
+        return skip_connection(self, x, branch, ("downsample?",), "relu")
 
 
 class Bottleneck(nn.Module):
@@ -119,10 +119,8 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        branch = (
-            self.conv1, self.bn1, self.relu, self.conv2, self.bn2, self.relu, self.conv3, self.bn3,
-        )  # fmt: skip
-        return skip_connection(x, branch, (self.downsample,), self.relu)
+        branch = ("conv1", "bn1", "relu", "conv2", "bn2", "relu", "conv3", "bn3")
+        return skip_connection(self, x, branch, ("downsample?",), "relu")
 
 
 class ResNet(nn.Module):
@@ -202,7 +200,7 @@ class ResNet(nn.Module):
                     nn.init.zeros_(last.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = chain(x, (self.conv1, self.bn1, self.relu, self.maxpool))
+        x = chain(self, x, ("conv1", "bn1", "relu", "maxpool"))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

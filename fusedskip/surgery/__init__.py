@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from torch import jit, nn
 
 from fusedskip import tails
+from fusedskip.remembered import forget
 from fusedskip.surgery import frozen
 from fusedskip.surgery.fused import FUSED, Fused, FusedChain
 
@@ -158,7 +159,7 @@ def unfuse(model: Model) -> Model:
             )
     for module in fused.values():
         module.__class__ = module._fused_replaces  # type: ignore[assignment]
-        module.__dict__.pop("_fused_remembered", None)
+        forget(module)
     return model
 
 

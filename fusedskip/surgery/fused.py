@@ -8,14 +8,13 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from fusedskip import tails
+from fusedskip.remembered import plan_of
 from fusedskip.surgery import frozen
 from fusedskip.surgery.fingerprints import known_method
-from fusedskip.surgery.remembered import Remembered
 from fusedskip.tails import Plan
 
 # The fused class of each class that one replaces.
@@ -110,24 +109,10 @@ class Fused(nn.Module):
         return self._fused_changed() is None and tails.may_run(plan, x)
 
     def _fused_plan(self, x: Tensor) -> Plan | None:
-        """The plan of `_fused_children`, the last one as long as that holds; None if none may run.
-
-        A plan of a Bottleneck takes 5 us to make and to judge, and 2 us to find that it holds: one
-        that the rest of a network has driven out of the caches 22 us and 7.
-        """
-        if self._fused_changed() is not None or not tails.may_bypass(x):
+        """The plan of `_fused_children`, if it may run on `x`."""
+        if self._fused_changed() is not None:
             return None
-        attributes = self.__dict__
-        is_compiling = torch.compiler.is_compiling()  # what dynamo traces it guards by itself
-        remembered = None if is_compiling else attributes.get("_fused_remembered")
-        if remembered is not None and remembered.holds(self):
-            return remembered.plan
-        plan = self._fused_plan_of(self)
-        if plan.obstacle() is not None:
-            return None
-        if not is_compiling and not plan.shortcut and plan.shortcut_norm is None:
-            attributes["_fused_remembered"] = Remembered(plan, self, self._fused_children)
-        return plan
+        return plan_of(self, self._fused_children, self._fused_plan_of, x)
 
 
 class FusedChain(Fused):
