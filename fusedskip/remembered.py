@@ -39,7 +39,7 @@ def plan_of(
     plan = make(module)
     if plan.obstacle() is not None:
         return None
-    if not is_compiling and not plan.shortcut and plan.shortcut_norm is None:
+    if not is_compiling:
         attributes[_KEY] = Remembered(plan, module, names)
     return plan
 
@@ -93,7 +93,7 @@ def _call(module: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
 
 
 class Remembered:
-    """A plan without obstacle and without a shortcut, made of certain children of a module.
+    """A plan without obstacle, made of certain children of a module.
 
     What a plan calls may become anything, it is called as eager calls it. This is about which
     children there are, and about those that the plan passes over. A copied or pickled one is None.
@@ -131,7 +131,7 @@ class Remembered:
                 self._note_predicate(tails.NORMS, norm, True)
             for m in each.bypassed:
                 self._note_predicate(tails.IDLE, m, True)
-            for step, _ in each.branch:
+            for step, _ in (*each.branch, *each.shortcut):
                 self._note_predicate(tails.IDLE, step, False)
 
     def holds(self, module: nn.Module) -> bool:
@@ -156,7 +156,7 @@ class Remembered:
         for predicate, m, was in self._predicates:
             if predicate(m) is not was:
                 return False
-        return not any(self._hooks)
+        return not any(self._hooks) and self.plan.sharing() is None
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()

@@ -102,20 +102,27 @@ class Plan(NamedTuple):
             if not is_plain(module):
                 has_hooks = any(module.__dict__[hooks] for hooks in HOOKS)
                 return module, "has hooks" if has_hooks else "has a forward of its own"
-        if self.norm is not None and (self.shortcut or self.shortcut_norm is not None):
-            # Eager calls the whole branch first; here the shortcut's steps are ahead of its norm.
-            steps = [self.shortcut_norm, *(step for step, _ in self.shortcut)]
-            after = (m for step in steps if isinstance(step, nn.Module) for m in step.modules())
-            running = self.norm._buffers.items()
-            for module in after:
-                if module is self.norm:
-                    return self.norm, "is in the shortcut, too"
-                others = module._buffers
-                if others and any(t is not None and t is others.get(n) for n, t in running):
-                    return self.norm, "shares running statistics with a norm of the shortcut"
         for other in self.others:
             if (found := other.obstacle()) is not None:
                 return found
+        return self.sharing()
+
+    def sharing(self) -> tuple[nn.Module, str] | None:
+        """What of the branch's norm is in the shortcut, too, where that is an obstacle.
+
+        Eager calls the whole branch first; here the shortcut's steps are ahead of that norm.
+        """
+        if self.norm is None or not (self.shortcut or self.shortcut_norm is not None):
+            return None
+        steps = [self.shortcut_norm, *(step for step, _ in self.shortcut)]
+        after = (m for step in steps if isinstance(step, nn.Module) for m in step.modules())
+        running = self.norm._buffers.items()
+        for module in after:
+            if module is self.norm:
+                return self.norm, "is in the shortcut, too"
+            others = module._buffers
+            if others and any(t is not None and t is others.get(n) for n, t in running):
+                return self.norm, "shares running statistics with a norm of the shortcut"
         return None
 
 
