@@ -106,13 +106,12 @@ class Remembered:
 
     def __init__(self, plan: Plan, module: nn.Module, names: Names) -> None:
         self.plan, self._children = plan, module._modules
-        # What a mapping has under a key, None if it has nothing; of the attributes of the module,
-        # which must not keep itself alive, apart from others.
-        self._own: list[tuple[str, Any]] = []
+        # What a mapping has under a key, None if it has nothing. Apart from others those of the
+        # attributes of the module, which would keep itself alive.
         self._facts: list[tuple[dict[str, Any], str, Any]] = []
         self._order: list[tuple[dict[str, Any], list[str]]] = []
         self._predicates: list[tuple[Callable[[Any], bool], nn.Module, bool]] = []
-        self._own += self._note_children(module, names)
+        self._own = self._note_children(module, names)
 
         plans = plan, *plan.others
         passed_over = {m: None for each in plans for m in (*each.norms, *each.bypassed)}
@@ -135,7 +134,7 @@ class Remembered:
                 self._note_predicate(tails.IDLE, step, False)
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether the plan would be made once more; `module` may be a copy of its own."""
+        """Whether the same plan would be made of `module`, maybe a shallow copy of its own."""
         if module._modules is not self._children:
             return False
         for key, value in self._own:

@@ -1,7 +1,7 @@
 """Which neighbours among a block's modules are one operation, and running them as such.
 
-A plan is made in every call from the modules as they are then: what has been replaced, hooked or
-patched since the last one is seen. The kernels, by the names that `fusedskip.explain` gives them:
+A plan is made from the modules as they are then, and `fusedskip.remembered` sees what has been
+replaced, hooked or patched since. The kernels, by the names that `fusedskip.explain` gives them:
 
     K1 relu(bn(x))    K2 relu(bn(x) + r)    K3 bn(x) + r
     K4 relu(x + r)    K5 relu(x) + r        K6 relu(bn(x) + bn'(z))

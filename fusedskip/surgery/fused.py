@@ -1,7 +1,8 @@
 """The classes that `fuse` gives to modules: subclasses of what they replace, children untouched.
 
-A subclass says which children its forward calls, in what order; `fusedskip.tails` makes of that,
-in every call, what is fused. Where something forbids it the replaced class's own forward runs.
+A subclass says which children its forward calls, in what order; `fusedskip.tails` makes of that
+what is fused, once more in the call after something has changed. Where something forbids it the
+replaced class's own forward runs.
 """
 
 from collections.abc import Callable
