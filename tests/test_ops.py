@@ -76,6 +76,17 @@ def test_opcheck_batch_norm(backend, device, layout, training):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_opcheck_batch_norm_into(backend, device, layout, training):
+    kernels = backends.KERNELS[backend]
+    for shape in shapes_of(backend):
+        x, _, weight, bias, *running = batch_norm_arguments(shape, layout, device, False, True)[:6]
+        # opcheck makes a copy of a part of a tensor, which then lies otherwise.
+        arguments = (x, weight, bias, *running, torch.empty_like(x), training, 0.1, 1e-5)
+        opcheck(kernels.batch_norm_relu_into, arguments, symbolic=not interpreted(backend))
+
+
 def dual_batch_norm_arguments(shape, layout, device, training, save_mask=True):
     vectors = [torch.rand(shape[1], device=device) + 0.5 for _ in range(8)]
     activations = [activation(shape, layout, device) for _ in range(2)]
