@@ -77,6 +77,7 @@ class Plan(NamedTuple):
         relu: whether the tail computes that, too.
         norms: those that kernels are to compute.
         bypassed: other modules whose `forward` is not called.
+        shortcut_first: whether the shortcut is called ahead of the branch.
         others: the plans of other parts of the module, which runs fused as a whole or not at all.
     """
 
@@ -88,6 +89,7 @@ class Plan(NamedTuple):
     relu: bool
     norms: list[nn.Module]
     bypassed: list[nn.Module]
+    shortcut_first: bool = False
     others: tuple["Plan", ...] = ()
 
     def obstacle(self) -> tuple[nn.Module, str] | None:
@@ -108,21 +110,26 @@ class Plan(NamedTuple):
         return self.sharing()
 
     def sharing(self) -> tuple[nn.Module, str] | None:
-        """What of the branch's norm is in the shortcut, too, where that is an obstacle.
+        """A norm that the other side, too, has or shares statistics with, and what it does.
 
-        Eager calls the whole branch first; here the shortcut's steps are ahead of that norm.
+        Eager goes through the whole first side before the second; here the steps of both are ahead
+        of either norm.
         """
-        if self.norm is None or not (self.shortcut or self.shortcut_norm is not None):
+        norms, steps, other = (self.norm, self.shortcut_norm), self.shortcut, "shortcut"
+        if self.shortcut_first:
+            norms, steps, other = norms[::-1], self.branch, "branch"
+        norm, other_norm = norms
+        if norm is None or not (steps or other_norm is not None):
             return None
-        steps = [self.shortcut_norm, *(step for step, _ in self.shortcut)]
-        after = (m for step in steps if isinstance(step, nn.Module) for m in step.modules())
-        running = self.norm._buffers.items()
+        others = [other_norm, *(step for step, _ in steps)]
+        after = (m for step in others if isinstance(step, nn.Module) for m in step.modules())
+        running = norm._buffers.items()
         for module in after:
-            if module is self.norm:
-                return self.norm, "is in the shortcut, too"
-            others = module._buffers
-            if others and any(t is not None and t is others.get(n) for n, t in running):
-                return self.norm, "shares running statistics with a norm of the shortcut"
+            if module is norm:
+                return norm, f"is in the {other}, too"
+            buffers = module._buffers
+            if buffers and any(t is not None and t is buffers.get(n) for n, t in running):
+                return norm, f"shares running statistics with a norm of the {other}"
         return None
 
 
@@ -138,6 +145,7 @@ def plan_skip(
     branch: Iterable[nn.Module | None],
     shortcut: Iterable[nn.Module | None],
     act: nn.Module | None,
+    shortcut_first: bool = False,
 ) -> Plan:
     """The plan of `act(branch(x) + shortcut(x))`; an empty shortcut is the identity."""
     relu = type(act) is nn.ReLU
@@ -151,7 +159,7 @@ def plan_skip(
         shortcut, shortcut_norm = _split_norm(shortcut)
     steps = _pair(branch, norms, bypassed), _pair(shortcut, norms, bypassed)
     norms += [n for n in (norm, shortcut_norm) if n is not None]
-    return Plan(*steps, norm, shortcut_norm, act, relu, norms, bypassed)
+    return Plan(*steps, norm, shortcut_norm, act, relu, norms, bypassed, shortcut_first)
 
 
 def joined(plan: Plan, *others: Plan) -> Plan:
@@ -204,7 +212,6 @@ def run_skip(
     x: Tensor,
     skip: Tensor | None = None,
     add: Callable[[Tensor, Tensor], Tensor] = Tensor.add_,
-    shortcut_first: bool = False,
 ) -> Tensor:
     """Run the plan of a skip connection.
 
@@ -214,13 +221,12 @@ def run_skip(
         skip: the input of the shortcut, if that is not `x`.
         add: the eager sum of branch and shortcut, for what kernels do not add: another dtype (under
             autocast, when `x` is not in its dtype) and another shape.
-        shortcut_first: the order in which hooks of either see their calls.
     """
     skip = x if skip is None else skip
-    if shortcut_first:
+    if plan.shortcut_first:
         residual = run_steps(plan.shortcut, skip)
     out = run_steps(plan.branch, x)
-    if not shortcut_first:
+    if not plan.shortcut_first:
         residual = run_steps(plan.shortcut, skip)
     norm: Any = plan.norm
     shortcut_norm: Any = plan.shortcut_norm

@@ -164,6 +164,22 @@ def test_a_norm_that_the_shortcut_calls_too(inside):
     torch.testing.assert_close(fused.state_dict(), eager.state_dict())
 
 
+@pytest.mark.parametrize("which", ["norm", "statistics"])
+def test_a_norm_that_the_branch_calls_too(which):
+    """The other way round, where eager calls the shortcut first."""
+    eager = tv.regnet.ResBottleneckBlock(8, 12, 1, nn.BatchNorm2d, nn.ReLU, group_width=4).double()
+    if which == "norm":
+        eager.proj[1] = eager.f.a[1]
+    else:
+        eager.proj[1].running_mean = eager.f.a[1].running_mean
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    row = next(row for row in fusedskip.explain(fused) if row.name == "")
+    assert "of the branch" in row.reason or "in the branch, too" in row.reason
+    x = torch.randn(4, 8, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), eager(x))
+    torch.testing.assert_close(fused.state_dict(), eager.state_dict())
+
+
 def test_a_class_that_is_patched(resnet, monkeypatch):
     """As guided backpropagation does: eager would call what the class has now."""
     eager, fused = resnet.eval(), fusedskip.fuse(copy.deepcopy(resnet)).eval()

@@ -173,7 +173,7 @@ class FusedSkip(Fused):
         children = tails.children(module, cls._fused_children)
         n_branch = len(cls._fused_branch)
         branch, shortcut, act = children[:n_branch], children[n_branch:-1], children[-1]
-        plan = tails.plan_skip(branch, shortcut, act)
+        plan = tails.plan_skip(branch, shortcut, act, cls._fused_shortcut_first)
         # What the library calls a norm must be one: it may have been folded into a convolution.
         for i in cls._fused_norms:
             if (norm := branch[i]) is not None and not tails.resembles_norm(norm):
@@ -185,7 +185,7 @@ class FusedSkip(Fused):
         if plan is None:
             return super().forward(x)
         add = Tensor.add_ if self._fused_inplace else Tensor.add
-        return tails.run_skip(plan, x, add=add, shortcut_first=self._fused_shortcut_first)
+        return tails.run_skip(plan, x, add=add)
 
 
 def know_idle(kind: type[nn.Module], is_idle: Callable[[Any], bool], forward: str) -> None:
