@@ -35,16 +35,10 @@ class _Call:
             return self._freeze(bn)
         bn._check_input_dim(x)
         self.eps, self.momentum = bn.eps, bn.momentum or 0.0
-        parameters, buffers = bn._parameters, bn._buffers
         self.weight: Tensor | None
         self.bias: Tensor | None
-        try:  # past nn.Module.__getattr__, which takes 0.2 us each
-            self.weight, self.bias = parameters["weight"], parameters["bias"]
-            self.running_mean = buffers["running_mean"]
-            self.running_var = buffers["running_var"]
-        except KeyError:  # an attribute has taken its place
-            self.weight, self.bias = bn.weight, bn.bias
-            self.running_mean, self.running_var = bn.running_mean, bn.running_var
+        self.weight, self.bias = bn.weight, bn.bias
+        self.running_mean, self.running_var = bn.running_mean, bn.running_var
         if not bn.training:
             self.training = self.running_mean is None and self.running_var is None
             return

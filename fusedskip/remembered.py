@@ -15,9 +15,7 @@ Names = tuple[str | None, ...] | None
 _KEY = "_fusedskip_plan"
 
 
-def plan_of(
-    module: nn.Module, names: Names, make: Callable[[nn.Module], Plan], x: Tensor
-) -> Plan | None:
+def plan_of(module: nn.Module, names: Names, make: Callable[[Any], Plan], x: Tensor) -> Plan | None:
     """`make(module)`, if it may run; the last one, as long as that holds.
 
     A plan of a Bottleneck takes 5 us to make and to judge, and 2 us to find that it holds: one that
@@ -34,8 +32,10 @@ def plan_of(
     attributes = module.__dict__
     is_compiling = torch.compiler.is_compiling()  # what dynamo traces it guards by itself
     remembered = None if is_compiling else attributes.get(_KEY)
-    if remembered is not None and remembered.holds(module):
-        return remembered.plan
+    if remembered:
+        if remembered.holds(module):
+            return remembered.plan
+        forget(module)  # it would keep modules that have been replaced
     plan = make(module)
     if plan.obstacle() is not None:
         return None
@@ -96,7 +96,8 @@ class Remembered:
     """A plan without obstacle, made of certain children of a module.
 
     What a plan calls may become anything, it is called as eager calls it. This is about which
-    children there are, and about those that the plan passes over. A copied or pickled one is None.
+    children there are, and about those that the plan passes over. A copied or pickled one is an
+    empty set, which torch.load takes for weights.
     """
 
     __slots__ = (
@@ -123,8 +124,8 @@ class Remembered:
             self._facts += [(attributes, key, attributes.get(key)) for key in keys]
             if kind in tails.CHAINS:
                 self._facts.append((attributes, "_modules", m._modules))
-                absent = self._note_children(m, tails.CHAINS[kind])
-                self._facts += [(attributes, key, value) for key, value in absent]
+                shadows = self._note_children(m, tails.CHAINS[kind])
+                self._facts += [(attributes, key, value) for key, value in shadows]
         for each in plans:
             for norm in each.norms:
                 self._note_predicate(tails.NORMS, norm, True)
@@ -153,22 +154,23 @@ class Remembered:
             if [*mapping] != keys:
                 return False
         for predicate, m, was in self._predicates:
-            if predicate(m) is not was:
+            if bool(predicate(m)) is not was:
                 return False
         return not any(self._hooks) and self.plan.sharing() is None
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
+    def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
+        return set, ()
 
     def _note_children(self, module: nn.Module, names: Names) -> list[tuple[str, Any]]:
-        """What `tails.children` reads; returned is what of it are attributes of the module."""
+        """What `tails.children` reads; returned is what there is among the module's attributes."""
         children = module._modules
         if names is None:
             self._order.append((children, [*children]))
-            names = tuple(children)
-        keys = [name.removesuffix("?") for name in names if name is not None]
+            self._facts += [(children, key, child) for key, child in children.items()]
+            return []
+        keys = dict.fromkeys(name.removesuffix("?") for name in names if name is not None)
         self._facts += [(children, key, children.get(key)) for key in keys]
-        return [(key, module.__dict__.get(key)) for key in keys if children.get(key) is None]
+        return [(key, module.__dict__.get(key)) for key in keys]
 
     def _note_predicate(
         self, known: dict[type[nn.Module], Callable[[Any], bool]], module: nn.Module, was: bool

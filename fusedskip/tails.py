@@ -60,6 +60,7 @@ _PLAIN: tuple[type[nn.Module], ...] = (
 FORWARDS = {kind: kind.forward if is_of_library(kind.forward, kind) else None for kind in _PLAIN}
 
 CALL = nn.Module.__call__  # FX replaces it while it traces
+GETATTR = nn.Module.__getattr__
 RELU = nn.ReLU()  # stands in a chain for a call of `torch.relu`
 
 MISSING = nn.Module()  # stands for a child that is not there, on which eager fails
@@ -265,18 +266,19 @@ def children(module: nn.Module, names: tuple[str | None, ...] | None) -> list[nn
     """The children of these names, or all of them; a function may stand for one.
 
     What has no name is None, and so may be those whose name ends in "?"; `MISSING` stands for what
-    else is not there.
+    else is not there, and for what the class of the module gives in its place.
     """
-    modules = module._modules
+    modules, kind = module._modules, type(module)
     if names is None:
         return [MISSING if child is None else child for child in modules.values()]
     found = []
     for name in names:
-        child = modules.get(name)  # type: ignore[arg-type]
-        if child is None and name is not None:
+        child = None
+        if name is not None:
             own_name = name.removesuffix("?")
-            child = modules.get(own_name, module.__dict__.get(own_name))
-            if child is None and own_name == name:
+            child = module.__dict__.get(own_name, modules.get(own_name))
+            of_class = hasattr(kind, own_name) or kind.__getattr__ is not GETATTR
+            if of_class or (child is None and own_name == name):
                 child = MISSING
         found.append(child)
     return found

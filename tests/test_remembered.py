@@ -2,7 +2,9 @@
 
 import copy
 import importlib
+import io
 import pickle
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -146,6 +148,10 @@ def other_children(module, parent, name):
     replace(module, parent, name)
 
 
+def shadow(module, parent, name):
+    parent.__dict__[name] = nn.functional.softplus
+
+
 def switch_mode(module, parent, name):
     module.train(not module.training)
 
@@ -153,7 +159,7 @@ def switch_mode(module, parent, name):
 CHANGES = [
     forward_hook, forward_pre_hook, backward_hook, backward_pre_hook, another_dict_of_hooks, patch,
     other_attributes, derive, replace, replace_by_function, remove, take_away, move_to_the_end,
-    other_children, switch_mode,
+    other_children, shadow, switch_mode,
 ]  # fmt: skip
 
 
@@ -247,12 +253,56 @@ def test_a_class_that_is_patched_between_two_calls(kind, monkeypatch):
     assert torch.equal(fused(images()), eager(images()))
 
 
-def test_a_copy_and_a_pickle_have_none_and_unfusing_takes_it_away():
+class OfClass:
+    """A ReLU that a class has in place of the child."""
+
+    relu = property(lambda self: nn.functional.softplus)
+
+
+class OfGetattr:
+    def __getattr__(self, name):
+        return nn.functional.softplus if name == "relu" else super().__getattr__(name)
+
+
+@pytest.mark.parametrize("kind", [OfClass, OfGetattr])
+def test_what_a_subclass_gives_in_place_of_a_child(kind):
+    eager, ours = (
+        type(block.__name__, (kind, block), {})(8, 8).double().eval()
+        for block in (tv.resnet.BasicBlock, blocks.BasicBlock)
+    )
+    ours.load_state_dict(eager.state_dict())
+    for _ in range(2):
+        assert_equal(ours(images()), eager(images()))
+
+
+def test_what_has_been_replaced_is_let_go():
+    block = fusedskip.fuse(BLOCKS["basic"]().double())
+    run(block)
+    old = weakref.ref(block.conv1)
+    block.conv1 = nn.utils.fuse_conv_bn_eval(block.conv1.eval(), block.bn1.eval())
+    block.bn1 = nn.Identity()  # from now on it runs as eager does
+    assert not isinstance(run(block), type)
+    assert old() is None
+
+
+def test_a_checkpoint_has_no_more_in_it_after_a_call():
+    """What `torch.load` has to be told of, where it loads weights only."""
+    block, named = fusedskip.fuse(BLOCKS["basic"]().double()), []
+    for _ in range(2):
+        file = io.BytesIO()
+        torch.save(block, file)
+        file.seek(0)
+        named.append(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        run(block)
+    assert named[0] == named[1]
+
+
+def test_a_copy_and_a_pickle_have_none_of_it_and_unfusing_takes_it_away():
     block = fusedskip.fuse(BLOCKS["basic"]().double())
     want = run(block)
     assert vars(block)[REMEMBERED] is not None
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
-        assert vars(other)[REMEMBERED] is None
+        assert vars(other)[REMEMBERED] == set()
         forward_hook(other.relu, other, "relu")
         assert_equal(run(other)[0], 2 * want[0], rtol=1)
     assert REMEMBERED not in vars(fusedskip.unfuse(block))

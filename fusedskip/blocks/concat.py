@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from fusedskip import functional
 from fusedskip.modules import NORM_RELUS, apply_cat_norm, is_torchs
 from fusedskip.remembered import plan_of
-from fusedskip.tails import children, is_exactly, plan_chain, run_chain, run_steps
+from fusedskip.tails import is_exactly, plan_chain, run_chain, run_steps
 from fusedskip.tracing import leaf
 
 
@@ -44,7 +44,7 @@ class SkipSequential(nn.Sequential):
 
     @leaf
     def forward(self, x: Tensor) -> Tensor:
-        plan = plan_of(self, None, lambda module: plan_chain(children(module, None)), x)
+        plan = plan_of(self, None, plan_chain, x)
         if plan is not None and plan.branch:
             steps, (norm, relu) = plan.branch[:-1], plan.branch[-1]
             if relu is not None or is_exactly(NORM_RELUS, norm):
