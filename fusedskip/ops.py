@@ -109,7 +109,7 @@ def _batch_norm_inference(
 ) -> Tensor:
     """What batch_norm returns first in evaluation.
 
-    That has three more arguments and three more results, which cost as much as the rest of a call.
+    Three arguments and three results less are 1 us less, of the 4 of a small call.
     """
     return torch.empty_like(x)
 

@@ -67,6 +67,7 @@ Tensor batch_norm_inference(const Tensor& x, const OptionalTensor& residual,
                             double eps, bool relu) {
   const Device device(x);
   const View view = view_of(x);
+  // Kernels leave mean and rstd for a backward pass, which there is not.
   Tensor out = empty_like(x), mean_and_rstd = empty_statistics(x, 2);
   Norm norm =
       norm_of(weight, bias, running_mean, running_var, 0, eps, mean_and_rstd, mean_and_rstd, 0, x);
