@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fusedskip import tails
-from fusedskip.checks import check_same_shape
 from fusedskip.tails import Plan
 
 Names = tuple[str | None, ...] | None
@@ -49,49 +48,6 @@ def forget(module: nn.Module) -> None:
     module.__dict__.pop(_KEY, None)
 
 
-def skip_connection(
-    module: nn.Module, x: Tensor, branch: tuple[str, ...], shortcut: tuple[str, ...], act: str
-) -> Tensor:
-    """`act(branch(x) + shortcut(x))`: fused, or if a child forbids it, called one by one.
-
-    Branch, shortcut and act are names of children, as `tails.children` takes them.
-
-    Raises:
-        ValueError: branch and shortcut differ in shape.
-    """
-    n_branch = len(branch)
-    names = (*branch, *shortcut, act)
-
-    def make(module: nn.Module) -> Plan:
-        children = tails.children(module, names)
-        return tails.plan_skip(children[:n_branch], children[n_branch:-1], children[-1])
-
-    plan = plan_of(module, names, make, x)
-    if plan is not None:
-        return tails.run_skip(plan, x, add=_add_same_shape)
-    out = _add_same_shape(_call(module, branch, x), _call(module, shortcut, x))
-    return _call(module, (act,), out)
-
-
-def chain(module: nn.Module, x: Tensor, names: tuple[str, ...]) -> Tensor:
-    """The children of these names called one after the other, fused as far as they allow it."""
-    plan = plan_of(module, names, lambda m: tails.plan_chain(tails.children(m, names)), x)
-    return _call(module, names, x) if plan is None else tails.run_chain(plan, x)
-
-
-def _add_same_shape(x: Tensor, residual: Tensor) -> Tensor:
-    if isinstance(x, Tensor):  # FX traces with proxies, which have no shape to speak of
-        check_same_shape(residual, x)
-    return x + residual
-
-
-def _call(module: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
-    for name in names:
-        child = getattr(module, name.removesuffix("?"))
-        x = x if child is None else child(x)
-    return x
-
-
 class Remembered:
     """A plan without obstacle, made of certain children of a module.
 
@@ -101,12 +57,12 @@ class Remembered:
     """
 
     __slots__ = (
-        "_children", "_facts", "_forwards", "_hooks", "_order", "_own", "_predicates", "_seen",
-        "plan",
+        "_children", "_facts", "_forwards", "_hooks", "_kind", "_order", "_own", "_predicates",
+        "_seen", "plan",
     )  # fmt: skip
 
     def __init__(self, plan: Plan, module: nn.Module, names: Names) -> None:
-        self.plan, self._children = plan, module._modules
+        self.plan, self._kind, self._children = plan, type(module), module._modules
         # What a mapping has under a key, None if it has nothing. Apart from others those of the
         # attributes of the module, which would keep itself alive.
         self._facts: list[tuple[dict[str, Any], str, Any]] = []
@@ -136,7 +92,7 @@ class Remembered:
 
     def holds(self, module: nn.Module) -> bool:
         """Whether the same plan would be made of `module`, maybe a shallow copy of its own."""
-        if module._modules is not self._children:
+        if type(module) is not self._kind or module._modules is not self._children:
             return False
         for key, value in self._own:
             if module.__dict__.get(key) is not value:

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "distributed": {"backends", "checks", "layout", "reference"},
     "modules": {"distributed", "functional", "tracing"},
     "tails": {"functional", "modules"},
-    "remembered": {"checks", "tails"},
+    "remembered": {"tails"},
     "blocks": {"checks", "functional", "modules", "remembered", "tails", "tracing", "blocks"},
     "surgery": {"modules", "remembered", "tails", "surgery"},
 }

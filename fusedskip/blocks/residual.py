@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fusedskip import functional
+from fusedskip.blocks.forward import skip_connection
 from fusedskip.checks import check_same_shape
-from fusedskip.remembered import skip_connection
 from fusedskip.tails import is_exactly
 from fusedskip.tracing import leaf
 

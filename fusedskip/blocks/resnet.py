@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fusedskip.remembered import chain, skip_connection
+from fusedskip.blocks.forward import chain, skip_connection
 
 NormLayer = Callable[[int], nn.Module]
 
