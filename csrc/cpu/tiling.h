@@ -84,10 +84,12 @@ struct Tiling {
         view{tensor.n_outer / repeats, tensor.n_channels * repeats, tensor.n_inner},
         per_lane(tensor.n_inner == 1) {
     const View& v = view;
-    // 8192 elements stay in L1 for a second look. Rows are many channels at once, and each tile of
-    // them writes its sums for all, in double, to be merged: 32 tiles, for as many threads, and
-    // only of many rows more. With 128 at 32x512x28x28 bf16 forward and backward took 1.15 of the
-    // time. Of few rows two, of 24 at least, by which 2x2048x7x7 takes 0.6 to 0.8.
+    // 8192 elements stay in L1 for a second look, and ordered tiles of as many share a small tensor
+    // out evenly: of 32768, evaluation at 8x80x8x8 took 1.15 to 1.3 of the time. Rows are many
+    // channels at once, and each tile of them writes its sums for all, in double, to be merged: 32
+    // tiles, for as many threads, and only of many rows more. With 128 at 32x512x28x28 bf16 forward
+    // and backward took 1.15 of the time. Of few rows two, of 24 at least, by which 2x2048x7x7
+    // takes 0.6 to 0.8.
     constexpr int64_t kPlaneTile = 8192, kRowTile = 32768, kMaxRowTiles = 128;
     // As many channels as stay in L2 beside what else is read and written: the second stage then
     // goes through pages in order. Of tensors out of memory NCHW 7x7 takes 0.65 of the time by it,
@@ -103,7 +105,7 @@ struct Tiling {
       const int64_t most = std::min(of_rows, v.n_outer * v.n_channels / kRowTile);
       const uint64_t n_tiles = std::bit_floor(uint64_t(std::clamp<int64_t>(most, 1, kMaxRowTiles)));
       outer = ceil_div(v.n_outer, int64_t(n_tiles));
-      ordered = std::clamp<int64_t>(kRowTile / v.n_channels, 1, v.n_outer);
+      ordered = std::clamp<int64_t>(kPlaneTile / v.n_channels, 1, v.n_outer);
       block = 1;
     } else {
       groups = v.n_channels;
@@ -131,10 +133,10 @@ struct Tiling {
                                                 : v.n_channels * v.n_inner;
     // A large result will be gone from the caches before it is read. Written past them it saves
     // reading the lines that it overwrites: fp32 forward and backward at 32x256x56x56 take 43 ms
-    // instead of 57, bf16 at 32x2048x7x7, 6 MB, 0.88 channels-last. Elementwise work alone has the
-    // caches to itself and gains from there on only where the next layer does not find its input in
-    // them: with 4 MB for 8, DenseNet-121 and ResNet-50 on 8 images of 128 pixels took 1.01 to 1.02
-    // of the time of inference, with 2 for both 1.03 to 1.07, and up to 1.02 of that of training.
+    // instead of 57. From which size on, whole models say, whose next layer would find its input in
+    // the caches: with 2 MB, inference of DenseNet-121 and ResNet-50 on 8 images of 128 pixels took
+    // 1.03 to 1.07 of the time, training up to 1.02. Training gains from 4 MB on, for the second
+    // stage is to find in the caches what the first has read: bf16 at 32x2048x7x7 takes 0.88.
     // Runs must start on cache lines, as the allocations do.
     const bool aligned = v.row_length() * bytes(dtype) % 64 == 0 || v.n_rows() == 1;
     streams = aligned && size > 4 * kMB;
