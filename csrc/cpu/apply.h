@@ -29,35 +29,36 @@ struct TermOf {
 
 template <typename T, bool kPerLane, Term kX, Term kResidual, Relu kRelu>
 void apply_runs(const ApplyTile& tile) {
+  const Runs runs = tile.runs;  // in registers: a store might change any memory
   using P = PackOf<T>;
   constexpr bool kHasResidual = kResidual != Term::kAbsent;
   const P threshold = P::broadcast(kLargestStoredAsZero<T>);
-  for (int64_t run = 0; run < tile.runs.count; ++run) {
-    const int64_t offset = run * tile.runs.stride, channel = run * tile.runs.channel_stride;
+  for (int64_t run = 0; run < runs.count; ++run) {
+    const int64_t offset = run * runs.stride, channel = run * runs.channel_stride;
     const TermOf<T, kX, kPerLane> x_term(tile.affine, channel);
     const TermOf<T, kResidual, kPerLane> residual_term(tile.residual_affine, channel);
     const T* x = static_cast<const T*>(tile.x) + offset;
     const T* residual = static_cast<const T*>(tile.residual) + (kHasResidual ? offset : 0);
     T* out = static_cast<T*>(tile.out) + run * tile.out_stride;
-    uint8_t* mask = tile.mask ? tile.mask + run * tile.runs.mask_stride : nullptr;
-    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
+    uint8_t* mask = tile.mask ? tile.mask + run * runs.mask_stride : nullptr;
+    for_each_pack<P::kLanes>(runs.length, [&](int64_t i, auto... n) {
       const auto relu = [&](P a) {
         const Lanes<P> passed = exceeds(a, threshold);
         if (mask) store_mask<P::kMaskBytes>(mask, i, bits_of(passed), n...);
         return keep(a, passed);
       };
-      if constexpr (!kPerLane) {
-        if constexpr (kHasResidual) prefetch(residual + tile.runs.prefetch + i);
-        if (!tile.runs.streams) prefetch<1>(out + tile.runs.prefetch + i);
+      if (!kPerLane && runs.prefetch) {
+        if constexpr (kHasResidual) prefetch(residual + runs.prefetch + i);
+        if (!runs.streams) prefetch<1>(out + runs.prefetch + i);
       }
       P y = x_term(x, i, n...);
       if constexpr (kRelu == Relu::kFirst) y = relu(y);
       if constexpr (kHasResidual) y = y + residual_term(residual, i, n...);
       if constexpr (kRelu == Relu::kLast) y = relu(y);
-      store_result(tile.runs.streams, out + i, narrow<T>(y), n...);
+      store_result(runs.streams, out + i, narrow<T>(y), n...);
     });
   }
-  if (tile.runs.streams) order_streams();
+  if (runs.streams) order_streams();
 }
 
 template <typename T>

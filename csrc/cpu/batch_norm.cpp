@@ -25,8 +25,22 @@ class ForwardNorm {
   void stats(int64_t group, int64_t index) const { moments_.stats(group, index); }
 
   void finish(int64_t begin, int64_t end) const {
-    if (args_.training) moments_.merge_tiles(begin, end);
-    for (int64_t c = begin; c < end; ++c) finish(c);
+    S* const mean = static_cast<S*>(norm_.mean.data);
+    S* const rstd = static_cast<S*>(norm_.rstd.data);
+    if (args_.training) {
+      moments_.merge_tiles(begin, end);
+      for (int64_t c = begin; c < end; ++c) {
+        const Moments moments = moments_.of_channel(c);
+        moments.update_running(norm_.running_mean, norm_.running_var, c, norm_.momentum);
+        mean[c] = S(moments.mean());
+        rstd[c] = S(1 / std::sqrt(moments.m2 / moments.count + norm_.eps));
+      }
+    } else {
+      read(norm_.running_mean, S(0), begin, end, mean);
+      read(norm_.running_var, S(1), begin, end, rstd);
+      for (int64_t c = begin; c < end; ++c) rstd[c] = S(1 / std::sqrt(rstd[c] + norm_.eps));
+    }
+    set_affine(norm_, tiling_, begin, end, coefficients_);
   }
 
   // Of the lanes from that of channel c on.
@@ -35,24 +49,6 @@ class ForwardNorm {
   }
 
  private:
-  void finish(int64_t c) const {
-    S &mean = static_cast<S*>(norm_.mean.data)[c], &rstd = static_cast<S*>(norm_.rstd.data)[c];
-    if (args_.training) {
-      const Moments moments = moments_.of_channel(c);
-      moments.update_running(norm_.running_mean, norm_.running_var, c, norm_.momentum);
-      mean = S(moments.mean());
-      rstd = S(1 / std::sqrt(moments.m2 / moments.count + norm_.eps));
-    } else {
-      mean = S(get(norm_.running_mean, c, 0));
-      rstd = S(1 / std::sqrt(get(norm_.running_var, c, 1) + norm_.eps));
-    }
-    tiling_.for_each_lane(c, [&](int64_t lane) {
-      mean_[lane] = mean;
-      scale_[lane] = scale_of(norm_.weight, c, rstd);
-      bias_[lane] = S(get(norm_.bias, c, 0));
-    });
-  }
-
   const BatchNormForward& args_;
   const Norm& norm_;
   const Tiling& tiling_;

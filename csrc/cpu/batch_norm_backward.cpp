@@ -21,13 +21,7 @@ class BackwardNorm {
         dbias_(dbias),
         tiling_(tiling),
         coefficients_(tiling.view.n_channels) {
-    const S* means = static_cast<const S*>(norm.mean.data);
-    for (int64_t c = 0; c < tiling.n_channels; ++c)
-      tiling.for_each_lane(c, [&](int64_t lane) {
-        mean_[lane] = means[c];
-        scale_[lane] = scale_of(norm.weight, c, rstd(c));
-        bias_[lane] = S(get(norm.bias, c, 0));
-      });
+    set_affine(norm, tiling, 0, tiling.n_channels, coefficients_);
   }
 
   // From Σg and Σg·(x - mean).

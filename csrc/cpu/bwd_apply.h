@@ -26,23 +26,24 @@ struct NormGradient {
 
 template <typename T, bool kPerLane, Gate kGate, bool kDual, bool kTraining>
 void bwd_apply_runs(const BwdApplyTile& tile) {
+  const Runs runs = tile.runs;  // in registers: a store might change any memory
   using P = PackOf<T>;
   constexpr bool kReadsX = kTraining || kGate == Gate::kRecompute;
-  for (int64_t run = 0; run < tile.runs.count; ++run) {
-    const int64_t offset = run * tile.runs.stride, channel = run * tile.runs.channel_stride;
+  for (int64_t run = 0; run < runs.count; ++run) {
+    const int64_t offset = run * runs.stride, channel = run * runs.channel_stride;
     const Gated<T, kGate, kPerLane> gated(tile.affine, channel);
     const NormGradient<P, kPerLane, kTraining> gradient(tile.affine, channel),
         residual_gradient(tile.residual_affine, channel);
     const T* dout = static_cast<const T*>(tile.dout) + offset;
     const T* x = static_cast<const T*>(tile.x) + (kReadsX ? offset : 0);
     const T* residual = static_cast<const T*>(tile.residual) + (kDual ? offset : 0);
-    const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * tile.runs.mask_stride : nullptr;
+    const uint8_t* mask = kGate == Gate::kMask ? tile.mask + run * runs.mask_stride : nullptr;
     T* dx = tile.dx ? static_cast<T*>(tile.dx) + offset : nullptr;
     T* dresidual = tile.dresidual ? static_cast<T*>(tile.dresidual) + offset : nullptr;
-    for_each_pack<P::kLanes>(tile.runs.length, [&](int64_t i, auto... n) {
-      if (!kPerLane && !tile.runs.streams) {
-        if (dx) prefetch<1>(dx + tile.runs.prefetch + i);
-        if (dresidual) prefetch<1>(dresidual + tile.runs.prefetch + i);
+    for_each_pack<P::kLanes>(runs.length, [&](int64_t i, auto... n) {
+      if (!kPerLane && runs.prefetch && !runs.streams) {
+        if (dx) prefetch<1>(dx + runs.prefetch + i);
+        if (dresidual) prefetch<1>(dresidual + runs.prefetch + i);
       }
       P centred = P::broadcast(0);
       if constexpr (kReadsX) {
@@ -67,13 +68,12 @@ void bwd_apply_runs(const BwdApplyTile& tile) {
             residual_centred = load(residual + i, n...) - residual_gradient.mean.at(i, n...);
           d = narrow<T>(residual_gradient(g, residual_centred, i, n...));
         }
-        store_result(tile.runs.streams, dresidual + i, d, n...);
+        store_result(runs.streams, dresidual + i, d, n...);
       }
-      if (dx)
-        store_result(tile.runs.streams, dx + i, narrow<T>(gradient(g, centred, i, n...)), n...);
+      if (dx) store_result(runs.streams, dx + i, narrow<T>(gradient(g, centred, i, n...)), n...);
     });
   }
-  if (tile.runs.streams) order_streams();
+  if (runs.streams) order_streams();
 }
 
 template <typename T>

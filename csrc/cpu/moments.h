@@ -17,6 +17,10 @@ struct Moments {
 
   void add(const Moments& part) {
     if (part.count == 0) return;
+    if (count == 0) {  // as most often: with this, less the divisions of a merge
+      *this = part;
+      return;
+    }
     Merge(count, part.count)(sum, m2, part.sum, part.m2);
     count += part.count;
   }
@@ -25,7 +29,7 @@ struct Moments {
   void update_running(const ChannelVector& running_mean, const ChannelVector& running_var,
                       int64_t c, double momentum) const {
     const auto update = [&](const ChannelVector& running, double batch) {
-      if (running.data) set(running, c, (1 - momentum) * get(running, c, 0) + momentum * batch);
+      if (running.data) set(running, c, (1 - momentum) * get(running, c) + momentum * batch);
     };
     update(running_mean, mean());
     update(running_var, m2 / (count - 1));

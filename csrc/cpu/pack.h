@@ -185,14 +185,36 @@ template <typename P>
   return lanes;
 }
 
-// By halves: one after the other, 16 lanes take 64 cycles, several times for each channel.
-template <typename P>
-inline auto sum(P a) {
-  typename P::Scalar lanes[P::kLanes];
-  std::memcpy(lanes, &a, sizeof(a));
-  for (int half = P::kLanes / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
+// By halves, which stay in registers: by way of memory, backward of 1x4096x2x2 took 1.2 of the
+// time.
+template <typename V>
+inline auto sum_of_vector(V v) {
+#if defined(FUSEDSKIP_AVX512)
+  if constexpr (sizeof(v[0]) == 4)
+    return _mm512_reduce_add_ps(v);
+  else
+    return _mm512_reduce_add_pd(v);
+#elif defined(FUSEDSKIP_AVX2)
+  if constexpr (sizeof(v[0]) == 4) {
+    const __m128 half = _mm256_castps256_ps128(v) + _mm256_extractf128_ps(v, 1);
+    return (half[0] + half[2]) + (half[1] + half[3]);
+  } else {
+    const __m128d half = _mm256_castpd256_pd128(v) + _mm256_extractf128_pd(v, 1);
+    return half[0] + half[1];
+  }
+#else
+  if constexpr (sizeof(v[0]) == 4)
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  else
+    return v[0] + v[1];
+#endif
+}
+
+template <typename S, int n>
+inline S sum(Pack<S, n> a) {
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];
+  return sum_of_vector(a.v[0]);
 }
 
 }  // namespace fusedskip::cpu::FUSEDSKIP_ISA

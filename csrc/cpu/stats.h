@@ -7,11 +7,10 @@
 
 namespace fusedskip::cpu::FUSEDSKIP_ISA {
 
-// The same for a block of which are known a pivot K near its mean, Σ(x - K) and Σ(x - K)².
-inline void merge_block(const Merge& merge, double& sum, double& m2, double pivot, double d1,
-                        double d2) {
-  const double about_mean = d2 - d1 * d1 * merge.per_element;  // rounded, it may be below 0
-  merge(sum, m2, pivot * merge.count + d1, about_mean < 0 ? 0 : about_mean);
+// M2 of a block, of which are known Σ(x - K) and Σ(x - K)² about a pivot K near its mean.
+inline double about_mean(double d1, double d2, double per_element) {
+  const double m2 = d2 - d1 * d1 * per_element;  // rounded, it may be below 0
+  return m2 < 0 ? 0 : m2;
 }
 
 // The pivot of a block of n elements is the mean of k of them. It is then no further from the mean
@@ -55,9 +54,9 @@ void stats_planes(const StatsTile& tile) {
     d1[k] = d1[k] + d;
     d2[k] = fma(d, d, d2[k]);
   });
-  *tile.sum = *tile.m2 = 0;
-  const Merge merge(0, double(tile.runs.count) * double(tile.runs.length));
-  merge_block(merge, *tile.sum, *tile.m2, pivots.v[0][0], fold(d1), fold(d2));
+  const double n = double(tile.runs.count) * double(tile.runs.length), d = fold(d1);
+  *tile.sum = pivots.v[0][0] * n + d;
+  *tile.m2 = about_mean(d, fold(d2), 1 / n);
 }
 
 template <typename T>
@@ -109,7 +108,8 @@ void stats_rows(const StatsTile& tile, int64_t first, int64_t n_channels) {
             });
     const Merge merge{double(row), double(rows)};
     for (int64_t c = 0; c < n_channels; ++c)
-      merge_block(merge, sum[c], m2[c], pivots[c], d1[c], d2[c]);
+      merge(sum[c], m2[c], pivots[c] * merge.count + d1[c],
+            about_mean(d1[c], d2[c], merge.per_element));
   }
 }
 

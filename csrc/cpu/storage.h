@@ -49,10 +49,14 @@ inline float widen(BFloat16 value) { return std::bit_cast<float>(uint32_t(value.
 
 // Rounds to nearest even.
 template <typename T>
+  requires std::is_floating_point_v<T>
+inline T narrow(double value) {
+  return T(value);
+}
+
+template <typename T>
 [[gnu::noinline]] inline T narrow(double value) {
-  if constexpr (std::is_floating_point_v<T>) {
-    return T(value);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
     const uint32_t bits = std::bit_cast<uint32_t>(float(value));
     if (std::isnan(value)) return {0x7fc0};
     return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
