@@ -12,6 +12,7 @@ of memory, each padded to whole bytes; see `mask_shape`. A result not asked for 
 import importlib
 import math
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -52,8 +53,15 @@ def _operator(*mutates: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     """Make an operator `name` of its fake `_name`, whose annotations are the schema."""
 
     def register(fake: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(fake)
+        def of_one_device(x: Tensor, *others: Any) -> Any:
+            # One meta tensor among others brings a call here, to return what nothing has written.
+            if type(x) is Tensor and not x.is_meta:
+                raise ValueError(f"an argument is on device meta, the first on {x.device}")
+            return fake(x, *others)
+
         schema = torch.library.infer_schema(fake, mutates_args=mutates)
-        _OPERATORS[fake.__name__.removeprefix("_")] = schema, fake
+        _OPERATORS[fake.__name__.removeprefix("_")] = schema, of_one_device
         return fake
 
     return register

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fusedskip
+from fusedskip import functional
 
 from .support import (
     CAT,
@@ -35,6 +36,16 @@ def test_forward_and_backward(backend, device, function, dtype, layout, training
         if training and problem.x.numel() == shape[1]:
             continue
         assert_as_good_as_eager(problem)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("function", ["batch_norm_relu", "batch_norm_add", "batch_norm_add_relu"])
+def test_compiled_kernels_check_arguments(monkeypatch, backend, device, function, training):
+    """Nothing else does while all is well: what test_errors sees refused, they have refused."""
+    checks = []
+    monkeypatch.setattr(functional, "check_batch_norm", lambda *arguments: checks.append(arguments))
+    run(make_problem(function, (2, 3, 4, 5), device=device, training=training))
+    assert bool(checks) == (backend == "triton")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

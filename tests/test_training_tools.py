@@ -80,6 +80,26 @@ def test_saved_tensor_hooks(compiled_backend, device):
     torch.testing.assert_close(*steps, rtol=0, atol=0)
 
 
+def test_saved_tensor_hook_that_fails_once(compiled_backend, device):
+    """Its error comes through, and kernels that have updated statistics do not run again."""
+
+    def pack(tensor):
+        if not failures:
+            failures.append(tensor)
+            raise RuntimeError("no room")
+        return tensor
+
+    failures = []
+    x = images(device).requires_grad_()
+    running = torch.zeros(3, device=device, **fp64), torch.ones(3, device=device, **fp64)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        pytest.raises(RuntimeError, match="no room"),
+    ):
+        fusedskip.batch_norm_relu(x, *running, training=True)
+    torch.testing.assert_close(running[0], 0.1 * x.detach().mean((0, 2, 3)))
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_without_gradients(compiled_backend, device, mode, training):

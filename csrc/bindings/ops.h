@@ -43,6 +43,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(
     bool save_mask) {
   const Device device(x);
   const View view = view_of(x);
+  STD_TORCH_CHECK(!training || x.numel() != x.size(1), "x: expected more than one value a channel");
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, view);
   Tensor mean = empty_statistics(x, 1), rstd = empty_statistics(x, 1);
   device.batch_norm({

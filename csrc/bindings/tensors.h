@@ -1,8 +1,8 @@
 // Torch's tensors as the kernels know them: checked, allocated, taken apart into sizes and
 // pointers.
 //
-// Arguments come checked by fusedskip.functional; what is checked again here is what memory safety
-// needs of a caller that goes around it.
+// What is checked here is all that memory safety needs and all that fusedskip.functional leaves to
+// the kernels to find out, which says more clearly what is wrong.
 
 #pragma once
 
@@ -111,9 +111,9 @@ inline View view_of(const Tensor& x) {
 }
 
 inline const void* data_like(const Tensor& tensor, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(tensor.numel() == x.numel() && tensor.scalar_type() == x.scalar_type() &&
-                      same_device(tensor, x),
-                  name, ": expected the shape, dtype, device and memory layout of x");
+  STD_TORCH_CHECK(
+      tensor.dim() == x.dim() && tensor.scalar_type() == x.scalar_type() && same_device(tensor, x),
+      name, ": expected the shape, dtype, device and memory layout of x");
   for (int64_t d = 0; d < x.dim(); ++d)
     STD_TORCH_CHECK(
         tensor.size(d) == x.size(d) && (x.size(d) == 1 || tensor.stride(d) == x.stride(d)), name,
@@ -144,7 +144,11 @@ inline ChannelVector channels(const OptionalTensor& tensor, int64_t n_channels, 
 }
 
 inline ChannelVector channels(const OptionalTensor& tensor, const Tensor& x, const char* name) {
-  return channels(tensor, x.size(1), x, name);
+  const ChannelVector vector = channels(tensor, x.size(1), x, name);
+  const Dtype dtype = dtype_of(x);
+  STD_TORCH_CHECK(!tensor || vector.dtype == dtype || vector.dtype == statistics_of(dtype), name,
+                  ": expected the dtype of x or float32");
+  return vector;
 }
 
 // Statistics of `norms` batch norms of x: (C,), or (norms, C) where there are several.
