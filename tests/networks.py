@@ -65,8 +65,9 @@ def train_alike(fused, eager, batches, lr=1e-3):
         ours, theirs = (dict(model.named_parameters()) for model in (fused, eager))
         grads = {name: p.grad for name, p in theirs.items() if p.grad is not None}
         assert grads.keys() == {name for name, p in ours.items() if p.grad is not None}
-        # A bias before a norm has a gradient of 0, of which only rounding is to be seen.
-        floor = 1e-14 * max(grad.abs().max() for grad in grads.values())
+        # A bias before a norm has a gradient of 0, of which only rounding is to be seen: in eager,
+        # too, up to 2e-14 of the largest of the others, which is what these are sums of.
+        floor = 1e-13 * max(grad.abs().max() for grad in grads.values())
         for name, grad in grads.items():
             assert_equal(ours[name].grad, grad, floor=floor)
     ours = fused.state_dict()
