@@ -2,8 +2,8 @@
 
 Two namespaces hold the same operators: `fusedskip` is compiled (`csrc/bindings` registers
 the CPU and CUDA kernels), `fusedskip_triton` launches `fusedskip.triton_kernels`. They are private,
-know nothing of autograd, and check only what memory safety needs: `fusedskip.functional` has
-checked the arguments and gives dense tensors of one memory layout.
+know nothing of autograd, and are given dense tensors of one memory layout. The compiled ones refuse
+tensors that do not belong together; before the others `fusedskip.functional` checks all arguments.
 
 `mask` holds one bit an element, 1 where the gradient passes: `not (out <= 0)`. Its rows are those
 of memory, each padded to whole bytes; see `mask_shape`. A result not asked for has shape (0,).

@@ -1,6 +1,7 @@
 """Plans that outlive a call, and what has to be as it was for that."""
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import torch
@@ -57,8 +58,8 @@ class Remembered:
     """
 
     __slots__ = (
-        "_children", "_facts", "_forwards", "_hooks", "_kind", "_order", "_own", "_predicates",
-        "_seen", "plan",
+        "_chains", "_children", "_facts", "_forwards", "_kind", "_own", "_predicates", "_seen",
+        "plan",
     )  # fmt: skip
 
     def __init__(self, plan: Plan, module: nn.Module, names: Names) -> None:
@@ -66,18 +67,15 @@ class Remembered:
         # What a mapping has under a key, None if it has nothing. Apart from others those of the
         # attributes of the module, which would keep itself alive.
         self._facts: list[tuple[dict[str, Any], str, Any]] = []
-        self._order: list[tuple[dict[str, Any], list[str]]] = []
+        self._chains: list[tuple[dict[str, Any], list[Any]]] = []
         self._predicates: list[tuple[Callable[[Any], bool], nn.Module, bool]] = []
         self._own = self._note_children(module, names)
 
         plans = plan, *plan.others
         passed_over = {m: None for each in plans for m in (*each.norms, *each.bypassed)}
         self._seen = [(m, type(m), m.__dict__) for m in passed_over]
-        self._hooks = [m.__dict__[hooks] for m in passed_over for hooks in tails.HOOKS]
         self._forwards = {tails.forward_of(m): None for m in passed_over}
         for m, kind, attributes in self._seen:
-            keys = ("forward", *tails.HOOKS)
-            self._facts += [(attributes, key, attributes.get(key)) for key in keys]
             if kind in tails.CHAINS:
                 self._facts.append((attributes, "_modules", m._modules))
                 shadows = self._note_children(m, tails.CHAINS[kind])
@@ -98,21 +96,24 @@ class Remembered:
             if module.__dict__.get(key) is not value:
                 return False
         for m, kind, attributes in self._seen:
-            if type(m) is not kind or m.__dict__ is not attributes:
+            if type(m) is not kind or m.__dict__ is not attributes or "forward" in attributes:
                 return False
+            for hooks in tails.HOOKS:
+                if attributes[hooks]:
+                    return False
         for mapping, key, value in self._facts:
             if mapping.get(key) is not value:
                 return False
         for kind, forward in self._forwards:
             if kind.forward is not forward:
                 return False
-        for mapping, keys in self._order:
-            if [*mapping] != keys:
+        for children, known in self._chains:
+            if len(children) != len(known) or not all(map(is_, children.values(), known)):
                 return False
         for predicate, m, was in self._predicates:
             if bool(predicate(m)) is not was:
                 return False
-        return not any(self._hooks) and self.plan.sharing() is None
+        return self.plan.sharing() is None
 
     def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
         return set, ()
@@ -121,8 +122,7 @@ class Remembered:
         """What `tails.children` reads; returned is what there is among the module's attributes."""
         children = module._modules
         if names is None:
-            self._order.append((children, [*children]))
-            self._facts += [(children, key, child) for key, child in children.items()]
+            self._chains.append((children, [*children.values()]))
             return []
         keys = dict.fromkeys(name.removesuffix("?") for name in names if name is not None)
         self._facts += [(children, key, children.get(key)) for key in keys]
