@@ -26,6 +26,11 @@ from fusedskip.checks import (
 from fusedskip.layout import dense, laid_out_like
 from fusedskip.tracing import overridable
 
+# running_mean, running_var, weight, bias, training, momentum, eps, relu
+_Norm = tuple[
+    Tensor | None, Tensor | None, Tensor | None, Tensor | None, bool, float, float, bool
+]  # fmt: skip
+
 
 @overridable
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
@@ -331,7 +336,7 @@ def _batch_norm(
     try:
         if (backend := _checking_backend(x)) is not None:
             check_statistics(running_mean, running_var, training, eps)
-            return _run_batch_norm(x, residual, *norm, backend)
+            return _run_batch_norm(x, residual, norm, backend)
     except Exception:
         if _passes(check_batch_norm, x, residual, *norm[:5], eps) and take_vectors(norm[:4]):
             raise  # from a hook, say, when kernels have run: they must not run twice
@@ -340,23 +345,12 @@ def _batch_norm(
     backend = _choose(x, needs_grad, training, norm[:4])
     if backend == "eager":
         return reference.batch_norm(x, residual, *norm)
-    return _run_batch_norm(x, residual, *norm, backend)
+    return _run_batch_norm(x, residual, norm, backend)
 
 
-def _run_batch_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
-    relu: bool,
-    backend: str,
-) -> Tensor:
+def _run_batch_norm(x: Tensor, residual: Tensor | None, norm: _Norm, backend: str) -> Tensor:
     """`_batch_norm` in kernels."""
+    running_mean, running_var, weight, bias, training, momentum, eps, relu = norm
     if _needs_grad(x, residual, weight, bias):
         return _apply(
             autograd.BatchNorm, (x, residual, weight, bias), running_mean, running_var,
