@@ -341,8 +341,7 @@ def _batch_norm(
         if _passes(check_batch_norm, x, residual, *norm[:5], eps) and take_vectors(norm[:4]):
             raise  # from a hook, say, when kernels have run: they must not run twice
     check_batch_norm(x, residual, *norm[:5], eps)
-    needs_grad = _needs_grad(x, residual, weight, bias)
-    backend = _choose(x, needs_grad, training, norm[:4])
+    backend = _choose(x, _needs_grad(x, residual, weight, bias), training, norm[:4])
     if backend == "eager":
         return reference.batch_norm(x, residual, *norm)
     return _run_batch_norm(x, residual, norm, backend)
@@ -403,8 +402,8 @@ def _checking_backend(x: Tensor) -> str | None:
     """The backend of a call that has nothing out of the ordinary, if its kernels check arguments.
 
     They find out as well as `fusedskip.checks` that something is wrong, and change nothing then;
-    only what it is that one says better. It takes 3 us of the 11 of a small call, and 15 of 80
-    where the rest of a network has driven it out of the caches.
+    what it is those checks say better. They take 3 us of the 11 of a small call, and 15 of 80
+    where the rest of a network has driven them out of the caches.
     """
     if torch.compiler.is_compiling() or torch._C._is_tracing() or type(x) is not Tensor:
         return None

@@ -17,7 +17,7 @@ struct Moments {
 
   void add(const Moments& part) {
     if (part.count == 0) return;
-    if (count == 0) {  // as most often: with this, less the divisions of a merge
+    if (count == 0) {  // mostly: and then without the divisions of a merge
       *this = part;
       return;
     }

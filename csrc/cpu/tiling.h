@@ -135,7 +135,7 @@ struct Tiling {
     // reading the lines that it overwrites: fp32 forward and backward at 32x256x56x56 take 43 ms
     // instead of 57. From which size on, whole models say, whose next layer would find its input in
     // the caches: with 2 MB, inference of DenseNet-121 and ResNet-50 on 8 images of 128 pixels took
-    // 1.03 to 1.07 of the time, training up to 1.02. Training gains from 4 MB on, for the second
+    // 1.03 to 1.08 of the time, training up to 1.02. Training gains from 4 MB on, for the second
     // stage is to find in the caches what the first has read: bf16 at 32x2048x7x7 takes 0.88.
     // Runs must start on cache lines, as the allocations do.
     const bool aligned = v.row_length() * bytes(dtype) % 64 == 0 || v.n_rows() == 1;
