@@ -33,12 +33,14 @@ settings.load_profile("fusedskip")
 def pytest_collection_modifyitems(items):
     """First what needs a GPU most: `make gpu` may run out of time.
 
-    And before that what one test at a time has room for: what xdist deals to its first worker.
+    And before that what one test at a time has room for: what xdist deals to its first worker. Then
+    what takes minutes by itself: begun last, it would have the other workers wait for its end.
     """
+    first = ("test_gpu.py", "test_on_chip.py", "test_cuda_emulated.py")
 
     def place(item):
-        on_gpu = item.path.name in ("test_gpu.py", "test_on_chip.py")
-        return "much_memory" not in item.fixturenames, not on_gpu
+        name = item.path.name
+        return "much_memory" not in item.fixturenames, (*first, name).index(name)
 
     items.sort(key=place)
 
