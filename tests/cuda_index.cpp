@@ -266,9 +266,9 @@ void check_shape(const View& v) {
   current = v;
   const Tiling t = stage_tiling(v, 1), stats = stats_tiling(v, 2), stages = stage_tiling(v, 2);
   CHECK(t.channels_last == kChannelsLast);
-  check_grid(t, kChannelsLast ? kBlocks : 4 * kBlocks);
-  check_grid(stats, kChannelsLast ? kBlocks / 2 : 4 * kBlocks);
-  check_grid(stages, kChannelsLast ? kDualBlocks : 4 * kBlocks);
+  check_grid(t, kChannelsLast ? kGrid : 4 * kGrid);
+  check_grid(stats, kChannelsLast ? kGrid / 2 : 4 * kGrid);
+  check_grid(stages, kChannelsLast ? kDualGrid : 4 * kGrid);
   // What stats leaves to apply does not hang on how many programs either has.
   CHECK(stats.columns == stages.columns && stats.channel_blocks == stages.channel_blocks);
   check_channels(t);
@@ -298,8 +298,8 @@ void check(const View& v) { v.n_inner == 1 ? check_shape<true>(v) : check_shape<
 template <bool kChannelsLast>
 void check_large(const View& v) {
   using Wide = __int128;
-  const Tiling t(current = v, kBlocks);
-  check_grid(t, kBlocks);
+  const Tiling t(current = v, kGrid);
+  check_grid(t, kGrid);
   Wide furthest = 0;
   for (const int64_t block : {int64_t{0}, t.channel_blocks / 2, t.channel_blocks - 1})
     for (const int program : {0, t.programs / 3, t.programs - 1})

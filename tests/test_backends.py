@@ -53,6 +53,38 @@ def test_auto_on_a_gpu_without_kernels(monkeypatch):
         assert backends._auto.__wrapped__(torch.device("cuda")) == "eager"
 
 
+@pytest.mark.parametrize(
+    ("megabytes", "error"),
+    [
+        (8, "RuntimeError [enforce fail"),
+        (65, "OutOfMemoryError CPU out of memory. Tried to allocate 2097152 bytes"),
+    ],
+)
+def test_no_memory(megabytes, error):
+    """Of 64 MB and the mask's two, torch's error for the first, which it raises itself.
+
+    On a GPU, whose allocator says more, test_gpu.py has this test.
+    """
+    code = f"""
+import resource
+import torch
+from fusedskip.backends import KERNELS
+x, running = torch.ones(2**12, 2**12), torch.zeros(2**12)
+arguments = x, x, None, None, running, running, True, 0.1, 1e-5, True, True
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + {megabytes} * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    KERNELS["cuda"].batch_norm(*arguments)
+except RuntimeError as error:
+    print(type(error).__name__, error)
+print(running.any())
+"""
+    said = python(code, MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1")
+    assert said.startswith(error)
+    assert said.endswith("tensor(False)\n")
+
+
 def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
     """It is that of the tensor which is asked, be another the current one."""
     current = [0]
@@ -70,7 +102,7 @@ def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", device)
     reason = backends.unavailable.__wrapped__("cuda", "cuda", 1)
-    assert reason == "its kernels were built for other GPUs than this one: no kernel image"
+    assert reason == "its kernels do not load on this GPU: no kernel image"
     assert backends.unavailable.__wrapped__("cuda", "cuda", 0) is None
     assert current == [0]
 

@@ -269,6 +269,26 @@ def test_more_than_two_to_the_31_elements(backend, device, shape, channels_last)
             torch.testing.assert_close(dx[p].double(), want_dx, rtol=rtol, atol=1e-5)
 
 
+@pytest.mark.parametrize("room", [0.5, 1.01], ids=["not_for_out", "not_for_the_mask"])
+def test_out_of_memory(backend, device, room):
+    """The error is torch's, and nothing has been updated."""
+    n = 1 << 26
+    x, running = torch.ones(n >> 10, 1 << 10, device=device), torch.zeros(1 << 10, device=device)
+    torch.cuda.empty_cache()
+    size, total = 4 * n, torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_reserved() + room * size) / total, device
+    )
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            fusedskip.batch_norm_add_relu(
+                x, x, running, running, x.new_ones(1 << 10).requires_grad_(), None, training=True
+            )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert not running.any()
+
+
 @pytest.mark.usefixtures("much_memory")
 def test_demo(capsys, tmp_path):
     """Its CPU twin is in test_main.py; here it also times a ResNet-50."""

@@ -1,8 +1,8 @@
-"""apply: out = relu((x - mean) * a + bias + residual), a = weight * rstd; only x is always there.
+"""apply: out = relu((x - mean) * scale + bias + residual), with scale = weight * rstd.
 
-The residual may have a norm of its own, of the same form. Reads x and residual, writes out and the
-1-bit mask: 2N, or 3N + m. Tile [BLOCK_POSITIONS, BLOCK_CHANNELS], grid (channel blocks, programs).
-Without a norm this is the whole of add_relu.
+Only x is always there. The residual may have a norm of its own, of the same form. Reads x and
+residual, writes out and the 1-bit mask: 2N, or 3N + m. Tile [BLOCK_POSITIONS, BLOCK_CHANNELS], grid
+(channel blocks, programs). Without a norm this is the whole of add_relu.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ def batch_norm_apply_kernel(
         # In bf16 channels-first 40 registers, else 70; of two norms 40, else 122.
         mean, scale = uniform(mean), uniform(scale)
     if residual_mean_ptr is not None:
-        residual_mean, residual_a, residual_bias = finish_statistics(
+        residual_mean, residual_scale, residual_bias = finish_statistics(
             residual_ptr, residual_weight_ptr, residual_bias_ptr,
             residual_running_mean_ptr, residual_running_var_ptr, residual_momentum, residual_eps,
             residual_partials_ptr, residual_mean_ptr, residual_rstd_ptr,
             channels, n_splits, n_channels, n_inner, n_positions,
             ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
         )  # fmt: skip
-        residual_mean, residual_a = uniform(residual_mean), uniform(residual_a)
+        residual_mean, residual_scale = uniform(residual_mean), uniform(residual_scale)
 
     # Where there is a mask, planes are padded to whole bytes of it. Tiles are taken from the last
     # to the first: the end of what stats read is still in L2. What is read for the last time leaves
@@ -93,7 +93,7 @@ def batch_norm_apply_kernel(
             passes = relu_passes(out, out_ptr.dtype.element_ty)
             out = tl.where(passes, out, 0.0)
         if residual_mean_ptr is not None:
-            residual = normalise(residual, residual_mean, residual_a, residual_bias)
+            residual = normalise(residual, residual_mean, residual_scale, residual_bias)
         if residual_ptr is not None:
             out += residual
         if RELU:

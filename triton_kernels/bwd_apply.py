@@ -1,4 +1,4 @@
-"""bwd_apply: dx = a * g + k2 * (x - mean) + k3 and dresidual = g; also dweight and dbias.
+"""bwd_apply: dx = scale * g + k2 * (x - mean) + k3 and dresidual = g; also dweight and dbias.
 
 g is dout where ReLU passed, else 0. Where the residual is normalised, dresidual has the form of dx.
 Reads dout, the mask, and x in training or to find the threshold again, so too a normalised
@@ -56,8 +56,8 @@ def batch_norm_bwd_apply_kernel(
     if residual_ptr is not None:
         residual_mean = load_channels(residual_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
         residual_rstd = load_channels(residual_rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
-        residual_a = load_channels(residual_weight_ptr, channels, n_channels, 1.0, ACC_DTYPE)
-        residual_a *= residual_rstd
+        residual_scale = load_channels(residual_weight_ptr, channels, n_channels, 1.0, ACC_DTYPE)
+        residual_scale *= residual_rstd
     if partials_ptr is not None:
         n_positions = (tl.cast(n_outer, INDEX_DTYPE) * n_inner).to(ACC_DTYPE)
         sum_g = sum_partials(partials_ptr, 0, channels, n_splits, n_channels, BLOCK_SPLITS)
@@ -70,8 +70,8 @@ def batch_norm_bwd_apply_kernel(
         if residual_ptr is not None:
             sum_gr = sum_partials(partials_ptr, 2, channels, n_splits, n_channels, BLOCK_SPLITS)
             residual_k2, residual_k3 = finish_sums(
-                sum_g, sum_gr, residual_a, residual_rstd, residual_dweight_ptr, residual_dbias_ptr,
-                channels, n_channels, n_positions,
+                sum_g, sum_gr, residual_scale, residual_rstd,
+                residual_dweight_ptr, residual_dbias_ptr, channels, n_channels, n_positions,
             )  # fmt: skip
             residual_k2, residual_k3 = uniform(residual_k2), uniform(residual_k3)
     if means_ptr is not None:
@@ -101,7 +101,7 @@ def batch_norm_bwd_apply_kernel(
             if dresidual_ptr is not None:
                 dresidual = g
                 if residual_ptr is not None:
-                    dresidual = residual_a[None, :] * g.to(ACC_DTYPE)
+                    dresidual = residual_scale[None, :] * g.to(ACC_DTYPE)
                     if TRAINING:
                         deviation = residual.to(ACC_DTYPE) - residual_mean[None, :]
                         dresidual += residual_k2[None, :] * deviation + residual_k3[None, :]

@@ -83,13 +83,13 @@ def load_moments(moments_ptr, rank, channels, n_channels):
 
 
 def moments(
-    x: torch.Tensor, partials: torch.Tensor, moments: torch.Tensor, view: View, plan: Plan
+    x: torch.Tensor, partials: torch.Tensor, row: torch.Tensor, view: View, plan: Plan
 ) -> None:
     """Fill a row of moments from the partials that stats has left."""
     constants = plan.constants(x)
     names = "ACC_DTYPE", "INDEX_DTYPE", "BLOCK_CHANNELS", "num_warps"
     batch_norm_moments_kernel[plan.channel_blocks,](
-        x, partials, moments, plan.stats_splits, *view,
+        x, partials, row, plan.stats_splits, *view,
         STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=padded(plan.stats_splits),
         **{name: constants[name] for name in names},
     )  # fmt: skip

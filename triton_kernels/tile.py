@@ -121,7 +121,10 @@ def load_channels(ptr, channels, n_channels, absent: tl.constexpr, dtype: tl.con
 
 @triton.jit
 def update_running(ptr, batch, momentum, channels, n_channels):
-    """(1 - momentum) * running + momentum * batch, in place, rounded once to the buffer's dtype."""
+    """(1 - momentum) * running + momentum * batch, in place.
+
+    In fp64, as momentum is; by way of the dtype of the sums, as in torch, to the buffer's.
+    """
     valid = channels < n_channels
     running = tl.load(ptr + channels, mask=valid, other=0.0).to(batch.dtype)
     running = (1 - momentum) * running + momentum * batch
@@ -139,7 +142,7 @@ def uniform(values):
 
 @triton.jit
 def normalise(x, mean, scale, bias):
-    """(x - mean) * a + bias, from which backward recomputes forward's threshold bit for bit.
+    """(x - mean) * scale + bias, from which backward recomputes forward's threshold bit for bit.
 
     Not scale * x + b: with mean >> std that b would cancel nearly all of scale * x.
     """

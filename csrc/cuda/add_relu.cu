@@ -5,6 +5,7 @@
 
 #include "batch_norm.h"
 #include "dispatch.cuh"
+#include "launch.cuh"
 #include "octet.cuh"
 
 namespace fusedskip::cuda {
@@ -89,10 +90,9 @@ cudaError_t add_relu(Dtype dtype, int64_t numel, bool relu_first, const void* x,
   const int width = flat_width(dtype, addresses(x, residual, out));
   return dispatch(dtype, /*channels_last=*/false, width, [&](auto instance) {
     using T = typename decltype(instance)::T;
-    add_relu_kernel<T, decltype(instance)::kWidth><<<flat_grid(numel), kThreads, 0, stream>>>(
-        numel, relu_first, static_cast<const T*>(x), static_cast<const T*>(residual),
-        static_cast<T*>(out), mask);
-    return cudaGetLastError();
+    return launch(add_relu_kernel<T, decltype(instance)::kWidth>, flat_grid(numel), stream, numel,
+                  relu_first, static_cast<const T*>(x), static_cast<const T*>(residual),
+                  static_cast<T*>(out), mask);
   });
 }
 
@@ -101,10 +101,8 @@ cudaError_t add_relu_backward(Dtype dtype, int64_t numel, const void* dout, cons
   const int width = flat_width(dtype, addresses(dout, dx));
   return dispatch(dtype, /*channels_last=*/false, width, [&](auto instance) {
     using T = typename decltype(instance)::T;
-    add_relu_backward_kernel<T, decltype(instance)::kWidth>
-        <<<flat_grid(numel), kThreads, 0, stream>>>(numel, static_cast<const T*>(dout), mask,
-                                                    static_cast<T*>(dx));
-    return cudaGetLastError();
+    return launch(add_relu_backward_kernel<T, decltype(instance)::kWidth>, flat_grid(numel), stream,
+                  numel, static_cast<const T*>(dout), mask, static_cast<T*>(dx));
   });
 }
 

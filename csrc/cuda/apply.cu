@@ -26,7 +26,7 @@ cudaError_t apply(const BatchNormForward& args, void* workspace, cudaStream_t st
     const Partials<StatisticsOf<T>> partials(workspace, stats_tiling(args.view, norms), norms);
     const dim3 grid(tiling.channel_blocks, tiling.programs);
     return launch_stage<batch_norm_apply_kernel<T, I::kChannelsLast, I::kWidth, norms>>(
-        /*is_second=*/workspace != nullptr, grid, kThreads, stream, tiling, args, partials);
+        /*is_second=*/workspace != nullptr, grid, stream, tiling, args, partials);
   });
 }
 

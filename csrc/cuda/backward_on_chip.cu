@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads,
 
 }  // namespace
 
-// Without elements to write there is nothing to keep.
+// Without elements to write there is nothing to keep; and bwd_apply_to_program would return before
+// its have_been_read, which wait_for_readers waits for.
 std::optional<OnChip> plan_on_chip(const BatchNormBackward& args) {
   std::optional<OnChip> plan;
   if (!args.dx && !args.dresidual) return plan;

@@ -26,7 +26,7 @@ cudaError_t bwd_apply(const BatchNormBackward& args, void* workspace, cudaStream
     const Partials<StatisticsOf<T>> partials(workspace, tiling, kNorms<kind>);
     const dim3 grid(tiling.channel_blocks, args.dx || args.dresidual ? tiling.programs : 1);
     return launch_stage<batch_norm_bwd_apply_kernel<T, I::kChannelsLast, I::kWidth, kind>>(
-        /*is_second=*/workspace != nullptr, grid, kThreads, stream, tiling, args, partials);
+        /*is_second=*/workspace != nullptr, grid, stream, tiling, args, partials);
   });
 }
 

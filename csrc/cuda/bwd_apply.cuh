@@ -27,7 +27,7 @@ __device__ void bwd_apply_to_program(const Tiling& tiling, const BatchNormBackwa
   const Channels channels = tiling.channels(blockIdx.x, threadIdx.x);
   const int64_t own = tiling.own_channel(blockIdx.x, threadIdx.x);
 
-  const S* totals = nullptr;  // from the thread's own channel on
+  const S* totals = nullptr;  // [1 + kNorms][channels of the block], from the thread's own on
   if (args.reduces()) {
     Array<S, kSize> sums[1 + kNorms] = {};
     partials.for_each_program(tiling, channels, [&](int program) {

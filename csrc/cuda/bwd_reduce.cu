@@ -26,9 +26,8 @@ cudaError_t bwd_reduce(const BatchNormBackward& args, void* workspace, cudaStrea
     const Tiling tiling = stage_tiling(args.view, kNorms<kind>);
     const Partials<StatisticsOf<T>> partials(workspace, tiling, kNorms<kind>);
     const dim3 grid(tiling.channel_blocks, tiling.programs);
-    batch_norm_bwd_reduce_kernel<T, I::kChannelsLast, I::kWidth, kind>
-        <<<grid, kThreads, 0, stream>>>(tiling, args, partials);
-    return cudaGetLastError();
+    return launch(batch_norm_bwd_reduce_kernel<T, I::kChannelsLast, I::kWidth, kind>, grid, stream,
+                  tiling, args, partials);
   });
 }
 

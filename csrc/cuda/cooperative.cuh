@@ -28,8 +28,11 @@ __device__ inline NoCluster this_cluster() { return {}; }
 
 // Up to kRows numbers a channel and program.
 template <typename S, bool kChannelsLast, int kRows>
-class PartialsOnChip : public Partials<S> {
+class PartialsOnChip : Partials<S> {
  public:
+  using typename Partials<S>::Number;
+  using Partials<S>::for_each_program;
+
   __device__ PartialsOnChip(const Partials<S>& in_memory, bool in_clusters)
       : Partials<S>(in_memory), in_clusters_(in_clusters) {
     __shared__ Shared own;

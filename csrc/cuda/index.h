@@ -28,7 +28,7 @@ inline constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 // is resident at once. A constant, so that sums do not depend on the GPU. Of a dual norm two fit,
 // of up to 128 registers: channels-last, a thread holds 64 coefficients of its eight channels.
 inline constexpr int kBlocksPerSM = 3, kDualBlocksPerSM = 2;
-inline constexpr int kBlocks = 128 * kBlocksPerSM, kDualBlocks = 128 * kDualBlocksPerSM;
+inline constexpr int kGrid = 128 * kBlocksPerSM, kDualGrid = 128 * kDualBlocksPerSM;
 
 // Eight octets are a line of 128 bytes in 16 bits. Rows of at most eight are cut at four: twice
 // the channel blocks, half the splits for a block of the second stage to merge.
@@ -175,15 +175,15 @@ struct Tiling {
 // Channels-first, blocks come in any number and have partials of one number only: with several for
 // every place on the GPU, its last round is a small part of the whole.
 constexpr int64_t launch_blocks(const View& view, int64_t resident) {
-  return view.n_inner == 1 ? resident : 4 * kBlocks;
+  return view.n_inner == 1 ? resident : 4 * kGrid;
 }
 
 // The grid of stats takes the tensors of all norms side by side; the other stages, in one walk.
 constexpr Tiling stats_tiling(const View& view, int norms) {
-  return Tiling(view, launch_blocks(view, kBlocks / norms));
+  return Tiling(view, launch_blocks(view, kGrid / norms));
 }
 constexpr Tiling stage_tiling(const View& view, int norms) {
-  return Tiling(view, launch_blocks(view, norms == 1 ? kBlocks : kDualBlocks));
+  return Tiling(view, launch_blocks(view, norms == 1 ? kGrid : kDualGrid));
 }
 
 // The most blocks that are a cluster anywhere, and how many clusters of each size a GPU holds at

@@ -1,7 +1,7 @@
-// Launches with an attribute: of blocks that wait for each other (on_chip.cuh), and of the second
-// kernel of a pair, which may start while the first is still running.
+// Launches: of a kernel by itself; with an attribute, of blocks that wait for each other
+// (on_chip.cuh); and of the second kernel of a pair, which may start while the first still runs.
 //
-// There its blocks take their places as those of the first leave theirs, and wait for all of them
+// Its blocks take their places as those of the first leave theirs, and wait for all of them
 // (Partials::wait_for_programs). What that hides is the way from one kernel to the next: predicted
 // 1 us a pair, where the two of a pass over (64, 512, 7, 7) in 16 bits take 4 by their bytes. What
 // another thread launches between them on the same stream waits for the first and is waited for;
@@ -17,9 +17,12 @@
 #include <optional>
 #include <type_traits>
 
+#include "index.h"
+
 namespace fusedskip::cuda {
 
-// By the first of a pair. Of code for less than sm_90, the second starts when the first has ended.
+// By the first of a pair, at its start: it says nothing of the kernel's memory, as the second waits
+// for its end. Of code for less than sm_90, the second starts when the first has ended.
 __device__ inline void let_next_start() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -44,16 +47,25 @@ inline bool succeeds(cudaError_t error) { return cleared(error) == cudaSuccess; 
 inline std::atomic<const char*> launched = "";
 
 template <typename... Parameters, typename... Args>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes,
-                   cudaStream_t stream, cudaLaunchAttribute attribute, const Args&... args) {
+cudaError_t launch_with(cudaLaunchAttribute attribute, int shared_bytes,
+                        void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream,
+                        const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = threads;
+  config.blockDim = kThreads;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = attribute.id != cudaLaunchAttributeIgnore;
   return cleared(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+// Not kernel<<<>>>(): what cudaGetLastError returns behind that may be an error that another
+// library has left there.
+template <typename... Parameters, typename... Args>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, cudaStream_t stream,
+                   const Args&... args) {
+  return launch_with(cudaLaunchAttribute{}, /*shared_bytes=*/0, kernel, grid, stream, args...);
 }
 
 // Caches find(device) for each device. Nothing, as where no memory was left to load the kernel that
@@ -99,8 +111,7 @@ bool waits() {
 // captured as any two kernels are: others have seen captured overlaps fail on sm_120 (sglang
 // #18596), and no GPU has tried ours.
 template <auto kKernel, typename... Args>
-cudaError_t launch_stage(bool is_second, dim3 grid, int threads, cudaStream_t stream,
-                         const Args&... args) {
+cudaError_t launch_stage(bool is_second, dim3 grid, cudaStream_t stream, const Args&... args) {
   cudaStreamCaptureStatus capture;
   const bool overlaps = is_second && succeeds(cudaStreamIsCapturing(stream, &capture)) &&
                         capture == cudaStreamCaptureStatusNone && waits<kKernel>();
@@ -108,7 +119,7 @@ cudaError_t launch_stage(bool is_second, dim3 grid, int threads, cudaStream_t st
   cudaLaunchAttribute overlap{};
   overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   overlap.val.programmaticStreamSerializationAllowed = overlaps;
-  return launch(kKernel, grid, threads, /*shared_bytes=*/0, stream, overlap, args...);
+  return launch_with(overlap, /*shared_bytes=*/0, kKernel, grid, stream, args...);
 }
 
 }  // namespace fusedskip::cuda

@@ -70,7 +70,7 @@ cudaError_t moments(const BatchNormStats& args, void* workspace, cudaStream_t st
     using S = StatisticsOf<T>;
     const unsigned grid = tiling.channel_blocks;
     return launch_stage<batch_norm_moments_kernel<T, I::kChannelsLast>>(
-        /*is_second=*/true, grid, kThreads, stream, tiling, static_cast<const T*>(args.x),
+        /*is_second=*/true, grid, stream, tiling, static_cast<const T*>(args.x),
         Partials<S>(workspace, tiling, 1), static_cast<S*>(args.moments));
   });
 }
@@ -78,9 +78,7 @@ cudaError_t moments(const BatchNormStats& args, void* workspace, cudaStream_t st
 cudaError_t batch_norm_merge(const BatchNormMerge& args, cudaStream_t stream) {
   const auto kernel = args.dtype == Dtype::kFloat64 ? batch_norm_merge_kernel<double>
                                                     : batch_norm_merge_kernel<float>;
-  const unsigned grid = ceil_div(args.n_channels, kThreads);
-  kernel<<<grid, kThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch(kernel, unsigned(ceil_div(args.n_channels, kThreads)), stream, args);
 }
 
 }  // namespace fusedskip::cuda

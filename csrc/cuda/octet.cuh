@@ -30,8 +30,8 @@ inline constexpr int kResidentBlocks =
 
 // Octets that a thread has in flight of each of kTensors tensors that it reads: 48 KB an SM in all,
 // 64 bytes a thread of three blocks.
-template <typename T, int kTensors, int kBlocks = kBlocksPerSM>
-inline constexpr int kInFlight = std::max<int>(1, 24 / kBlocks / sizeof(T) / kTensors);
+template <typename T, int kTensors, int kBlocksAnSM = kBlocksPerSM>
+inline constexpr int kInFlight = std::max<int>(1, 24 / kBlocksAnSM / sizeof(T) / kTensors);
 
 template <typename S, int kSize>
 struct alignas(kSize * sizeof(S) < 16 ? sizeof(S) : 16) Array {

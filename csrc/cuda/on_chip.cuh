@@ -34,14 +34,14 @@ std::optional<OnChip> plan_on_chip(const View& view) {
   const int blocks = room.clusters[1];
   if (blocks == 0) return std::nullopt;
   const int in_shared = room.shared_bytes / Kept::kBytesARound;
-  const auto rest = [](const Tiling& tiling) {
+  const auto beyond_registers = [](const Tiling& tiling) {
     return std::max(0, tiling.rounds(0) - Kept::kHeld);
   };
   if (const auto tiling = cluster_tiling(view, room.clusters, in_shared + Kept::kHeld))
-    return OnChip{*tiling, rest(*tiling), /*in_clusters=*/tiling->programs > 1};
+    return OnChip{*tiling, beyond_registers(*tiling), /*in_clusters=*/tiling->programs > 1};
   const Tiling tiling(view, std::min(blocks, 128 * kBlocksAnSM));
   if (tiling.programs > 1 && tiling.programs * tiling.channel_blocks > blocks) return std::nullopt;
-  return OnChip{tiling, std::min(in_shared, rest(tiling)), /*in_clusters=*/false};
+  return OnChip{tiling, std::min(in_shared, beyond_registers(tiling)), /*in_clusters=*/false};
 }
 
 template <typename Kept, auto kKernel, typename... Args>
@@ -56,8 +56,8 @@ cudaError_t launch_kernel_on_chip(const OnChip& plan, cudaStream_t stream, const
     together.id = cudaLaunchAttributeCooperative;
     together.val.cooperative = programs > 1;
   }
-  return launch(kKernel, dim3(plan.tiling.channel_blocks, programs), kThreads,
-                plan.rounds * Kept::kBytesARound, stream, together, plan, args...);
+  return launch_with(together, plan.rounds * Kept::kBytesARound, kKernel,
+                     dim3(plan.tiling.channel_blocks, programs), stream, plan, args...);
 }
 
 }  // namespace fusedskip::cuda

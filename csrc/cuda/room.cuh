@@ -16,6 +16,7 @@ struct Room {
   ClustersAtOnce clusters = {};
 };
 
+// 0 too where the device refuses clusters of this size.
 template <auto kKernel>
 int clusters_at_once(int size, int shared_bytes) {
   cudaLaunchAttribute cluster{};

@@ -2,6 +2,7 @@
 
 #include "batch_norm.h"
 #include "dispatch.cuh"
+#include "launch.cuh"
 #include "stages.h"
 #include "stats.cuh"
 
@@ -45,10 +46,9 @@ cudaError_t stats(const View& view, Dtype dtype, const void* x, const void* resi
     using I = decltype(instance);
     using T = typename I::T;
     const dim3 grid(tiling.channel_blocks, tiling.programs, norms);
-    batch_norm_stats_kernel<T, I::kChannelsLast, I::kWidth><<<grid, kThreads, 0, stream>>>(
-        tiling, static_cast<const T*>(x), static_cast<const T*>(residual),
-        Partials<StatisticsOf<T>>(workspace, tiling, norms));
-    return cudaGetLastError();
+    return launch(batch_norm_stats_kernel<T, I::kChannelsLast, I::kWidth>, grid, stream, tiling,
+                  static_cast<const T*>(x), static_cast<const T*>(residual),
+                  Partials<StatisticsOf<T>>(workspace, tiling, norms));
   });
 }
 

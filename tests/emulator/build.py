@@ -31,8 +31,7 @@ SANITIZERS = {
     "thread": ["-fsanitize=thread"],
 }
 
-# A launch, and the assembly that only a GPU's compiler reads: a store, and hints about a pointer.
-LAUNCH = r"([\w:]+(?:<[^;{}]*>)?)\s*<<<(.+?), (\w+), 0, stream>>>\((.*?)\);"
+# The assembly that only a GPU's compiler reads: a store, and hints about a pointer.
 STORE = r'asm\("st\.global.*?"memory"\);'
 HINT = r'asm\("" : .*?\);'
 DYNAMIC_SHARED = r"extern __shared__ uint4 (\w+)\[\];"
@@ -49,7 +48,6 @@ def cuda_headers():
 
 def translated(source):
     """CUDA C++ as C++: what a header cannot define away."""
-    source = re.sub(LAUNCH, r"emulator::launch(\2, \3, [&] { \1(\4); });", source, flags=re.DOTALL)
     source = re.sub(STORE, "*p = a;", source, flags=re.DOTALL)
     source = re.sub(DYNAMIC_SHARED, r"uint4* \1 = emulator::dynamic_shared();", source)
     source = re.sub(SHARED, r"auto& \2 = emulator::shared<\1\3>([] {});", source)

@@ -259,7 +259,7 @@ std::deque<Block>& blocks_of(int threads, size_t count) {
 }
 
 void launch_in_turn(dim3 grid, int threads, int shared_bytes, const std::function<void()>& kernel,
-                    bool starts_early = false) {
+                    bool starts_early) {
   const Launch launch(kernel);
   for_each_block(grid, [&](dim3 index) {
     Block& only = blocks_of(threads, 1).front();
@@ -310,16 +310,12 @@ void launch_clusters(dim3 grid, int threads, int shared_bytes,
 
 }  // namespace
 
-void launch(dim3 grid, int threads, const std::function<void()>& kernel) {
-  launch_in_turn(grid, threads, 0, kernel);
-}
-
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
                    const std::function<void()>& call) {
   const int threads = int(config.blockDim.x), shared_bytes = int(config.dynamicSmemBytes);
   if (shared_bytes > granted[kernel]) return cudaErrorInvalidValue;
   const dim3& grid = config.gridDim;
-  const cudaLaunchAttribute& attribute = config.attrs[0];
+  const auto attribute = config.numAttrs ? config.attrs[0] : cudaLaunchAttribute{};
   const bool is_shared = std::getenv("EMULATED_GPU_IS_SHARED");  // as if another process had a part
   const bool overlaps = attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization &&
                         attribute.val.programmaticStreamSerializationAllowed;
@@ -332,12 +328,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel,
     launch_clusters(grid, threads, shared_bytes, call);
     return cudaSuccess;
   }
-  if (attribute.id == cudaLaunchAttributeProgrammaticStreamSerialization) {
+  if (attribute.id != cudaLaunchAttributeCooperative || !attribute.val.cooperative) {
     launch_in_turn(grid, threads, shared_bytes, call, overlaps);
-    return cudaSuccess;
-  }
-  if (!attribute.val.cooperative) {
-    launch_in_turn(grid, threads, shared_bytes, call);
     return cudaSuccess;
   }
   if (is_shared || int(grid.x * grid.y * grid.z) > kMultiprocessors * blocks_an_sm(shared_bytes))

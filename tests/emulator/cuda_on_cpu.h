@@ -32,7 +32,6 @@ namespace emulator {
 // Launches since the last time that somebody set it to 0.
 inline int launches = 0;
 
-void launch(dim3 grid, int threads, const std::function<void()>& kernel);
 // An error where the GPU could not do as it is asked, or has not been told of so much shared
 // memory.
 cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel,
