@@ -90,10 +90,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         mean, var, count = _stages(backend, gathered).batch_norm_merge(
             gathered.view(-1, len(moments)), running_mean, running_var, momentum
         )
-        out, mask, mean, rstd = stages.batch_norm(
+        out, mask, statistics = stages.batch_norm(
             dense_x, residual, weight, bias, mean, var, False, 0.0, eps, relu, save_mask
         )
-        ctx.save_for_backward(x, mask if save_mask else None, weight, bias, mean, rstd, count)
+        ctx.save_for_backward(x, mask if save_mask else None, weight, bias, statistics, count)
         ctx.relu, ctx.group, ctx.backend, ctx.strides = relu, group, backend, out.stride()
         return out
 
@@ -102,15 +102,16 @@ class _SyncBatchNorm(torch.autograd.Function):
         # Not `once_differentiable`: that lets constant gradients through, and drops their terms.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("fusedskip: a synchronised norm cannot be differentiated twice")
-        x, mask, weight, bias, mean, rstd, count = ctx.saved_tensors
+        x, mask, weight, bias, statistics, count = ctx.saved_tensors
         need_x, need_residual, _, _, need_weight, need_bias = ctx.needs_input_grad[:6]
         stages = _stages(ctx.backend, x)
         x, dout = strided(x, ctx.strides), strided(dout, ctx.strides)
         # The sums are wanted in the precision of statistics, whatever that of the parameters.
+        mean = statistics[0]
         exact_weight = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         exact_bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
         _, _, dweight, dbias = stages.batch_norm_backward(
-            dout, x, mask, exact_weight, exact_bias, mean, rstd, False, ctx.relu,
+            dout, x, mask, exact_weight, exact_bias, statistics, False, ctx.relu,
             False, False, True,
         )  # fmt: skip
         means = torch.cat([dbias, dweight])
@@ -118,7 +119,7 @@ class _SyncBatchNorm(torch.autograd.Function):
             dist.all_reduce(means, group=ctx.group)
             means /= count
         dx, dresidual = stages.batch_norm_backward_apply(
-            dout, x, mask, weight, bias, mean, rstd, means, ctx.relu,
+            dout, x, mask, weight, bias, statistics, means, ctx.relu,
             need_x, need_residual and ctx.relu,
         )  # fmt: skip
         return (

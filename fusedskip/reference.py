@@ -125,12 +125,12 @@ class Stages:
         eps: float,
         relu: bool,
         save_mask: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rstd = torch.rsqrt(var + eps)
-        out = Stages._normalised(x, weight, bias, mean, rstd)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        statistics = torch.stack([mean, torch.rsqrt(var + eps)])
+        out = Stages._normalised(x, weight, bias, statistics)
         out = (out if residual is None else out + residual).to(x.dtype)
         mask = ~(out <= 0)
-        return out.relu() if relu else out, mask, mean, rstd
+        return out.relu() if relu else out, mask, statistics
 
     @staticmethod
     def batch_norm_backward(
@@ -139,16 +139,15 @@ class Stages:
         mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
+        statistics: Tensor,
         training: bool,
         relu: bool,
         need_dx: bool,
         need_dresidual: bool,
         need_dparams: bool,
     ) -> tuple[None, None, Tensor, Tensor]:
-        g = Stages._gated(dout, x, mask, weight, bias, mean, rstd, relu).to(mean.dtype)
-        return None, None, _sum(g * Stages._normalised(x, None, None, mean, rstd)), _sum(g)
+        g = Stages._gated(dout, x, mask, weight, bias, statistics, relu).to(statistics.dtype)
+        return None, None, _sum(g * Stages._normalised(x, None, None, statistics)), _sum(g)
 
     @staticmethod
     def batch_norm_backward_apply(
@@ -157,23 +156,24 @@ class Stages:
         mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
+        statistics: Tensor,
         means: Tensor,
         relu: bool,
         need_dx: bool,
         need_dresidual: bool,
     ) -> tuple[Tensor, Tensor]:
-        g = Stages._gated(dout, x, mask, weight, bias, mean, rstd, relu)
-        x_hat = Stages._normalised(x, None, None, mean, rstd)
+        g = Stages._gated(dout, x, mask, weight, bias, statistics, relu)
+        x_hat = Stages._normalised(x, None, None, statistics)
         mean_g, mean_gx = (_per_channel(m, x) for m in means.chunk(2))
+        rstd = statistics[1]
         scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
         return (_per_channel(scale, x) * (g - mean_g - x_hat * mean_gx)).to(x.dtype), g
 
     @staticmethod
     def _normalised(
-        x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor
+        x: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor
     ) -> Tensor:
+        mean, rstd = statistics
         out = (x.to(mean.dtype) - _per_channel(mean, x)) * _per_channel(rstd, x)
         out = out if weight is None else out * _per_channel(weight.to(mean.dtype), x)
         return out if bias is None else out + _per_channel(bias.to(mean.dtype), x)
@@ -185,12 +185,11 @@ class Stages:
         mask: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        mean: Tensor,
-        rstd: Tensor,
+        statistics: Tensor,
         relu: bool,
     ) -> Tensor:
         if relu and mask is None:
-            mask = ~(Stages._normalised(x, weight, bias, mean, rstd).to(x.dtype) <= 0)
+            mask = ~(Stages._normalised(x, weight, bias, statistics).to(x.dtype) <= 0)
         return dout if mask is None else torch.where(mask, dout, 0)
 
 

@@ -61,7 +61,7 @@ def test_opcheck_batch_norm(backend, device, layout, training):
         arguments = batch_norm_arguments(shape, layout, device, residual, training)
         opcheck(kernels.batch_norm, arguments, symbolic=not interpreted(backend))
         x, _, weight, bias, *_ = arguments
-        _, mask, mean, rstd = kernels.batch_norm(*arguments)
+        _, mask, statistics = kernels.batch_norm(*arguments)
         if not training:
             inference = (*arguments[:6], 1e-5, True)
             opcheck(kernels.batch_norm_inference, inference, symbolic=not interpreted(backend))
@@ -69,7 +69,7 @@ def test_opcheck_batch_norm(backend, device, layout, training):
             opcheck(
                 kernels.batch_norm_backward,
                 (
-                    torch.randn_like(x), x, mask if residual else None, weight, bias, mean, rstd,
+                    torch.randn_like(x), x, mask if residual else None, weight, bias, statistics,
                     training, True, *needs,
                 ),
                 symbolic=all(needs[::2]) and not interpreted(backend),
@@ -100,9 +100,9 @@ def test_opcheck_dual_batch_norm(backend, device, layout, training):
     for shape in shapes_of(backend):
         arguments = dual_batch_norm_arguments(shape, layout, device, training)
         opcheck(kernels.dual_batch_norm, arguments, symbolic=not interpreted(backend))
-        _, mask, mean, rstd = kernels.dual_batch_norm(*arguments)
+        _, mask, statistics = kernels.dual_batch_norm(*arguments)
         x, residual, weight, bias, _, _, residual_weight, residual_bias, *_ = arguments
-        saved = (mask, weight, bias, residual_weight, residual_bias, mean, rstd, training)
+        saved = (mask, weight, bias, residual_weight, residual_bias, statistics, training)
         for needs in ((True, True, True), (False, True, False)):
             opcheck(
                 kernels.dual_batch_norm_backward,
@@ -121,8 +121,11 @@ def test_opcheck_synchronised_batch_norm(backend, device, layout):
     mean, var, _ = kernels.batch_norm_merge(moments, None, None, 0.1)
     opcheck(
         kernels.batch_norm_backward_apply,
-        (x, x, None, weight, bias, mean, var, torch.cat([mean, var]), True, True, False),
-    )
+        (
+            x, x, None, weight, bias, torch.stack([mean, var]), torch.cat([mean, var]),
+            True, True, False,
+        ),
+    )  # fmt: skip
 
 
 def unpack(mask, row_length):
@@ -142,7 +145,7 @@ def test_mask(backend, device, layout, dtype):
             vectors = [v if v is None else v.double() for v in arguments[2:6]]
             arguments = (*arguments[:2], *vectors, *arguments[6:])
         x = arguments[0]
-        out, mask, _, _ = backends.KERNELS[backend].batch_norm(*arguments)
+        out, mask, _ = backends.KERNELS[backend].batch_norm(*arguments)
         view = ops.memory_view(x)
         assert tuple(mask.shape) == ops.mask_shape(view)
         in_memory_order = out if view[2] > 1 or x.dim() == 2 else out.movedim(1, -1)
@@ -159,18 +162,18 @@ def test_nothing_is_computed_that_was_not_asked_for(backend, device):
     x, residual, weight, bias, *_ = arguments
     assert kernels.add_relu(x, residual, False, False)[1].shape == (0,)
     assert kernels.batch_norm(*arguments[:-1], False)[1].shape == (0,)
-    _, mask, mean, rstd = kernels.batch_norm(*arguments)
+    _, mask, statistics = kernels.batch_norm(*arguments)
     results = kernels.batch_norm_backward(
-        x, x, mask, weight, bias, mean, rstd, True, True, False, False, False
+        x, x, mask, weight, bias, statistics, True, True, False, False, False
     )
     assert all(result.shape == (0,) for result in results)
 
     *arguments, _ = dual_batch_norm_arguments((2, 3, 4, 5), "contiguous", device, True)
     assert kernels.dual_batch_norm(*arguments, False)[1].shape == (0,)
-    _, mask, mean, rstd = kernels.dual_batch_norm(*arguments, True)
+    _, mask, statistics = kernels.dual_batch_norm(*arguments, True)
     parameters = (*arguments[2:4], *arguments[6:8])
     results = kernels.dual_batch_norm_backward(
-        x, x, residual, mask, *parameters, mean, rstd, True, False, False, False
+        x, x, residual, mask, *parameters, statistics, True, False, False, False
     )
     assert all(result.shape == (0,) for result in results)
 
@@ -178,12 +181,10 @@ def test_nothing_is_computed_that_was_not_asked_for(backend, device):
 def test_statistics_are_what_they_are_called(backend, device):
     arguments = batch_norm_arguments((5, 3, 4, 5), "channels_last", device, True, True)
     x = arguments[0]
-    _, _, mean, rstd = backends.KERNELS[backend].batch_norm(*arguments)
+    _, _, statistics = backends.KERNELS[backend].batch_norm(*arguments)
     rows = x.double().transpose(0, 1).flatten(1)
-    torch.testing.assert_close(mean.double(), rows.mean(1), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        rstd.double(), (rows.var(1, correction=0) + 1e-5).rsqrt(), rtol=1e-6, atol=1e-6
-    )
+    expected = torch.stack([rows.mean(1), (rows.var(1, correction=0) + 1e-5).rsqrt()])
+    torch.testing.assert_close(statistics.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 class TestCompiledOperatorsGuardMemory:
@@ -231,11 +232,11 @@ class TestCompiledOperatorsGuardMemory:
     def test_statistics(self):
         """Those of a single norm are too few for a dual one."""
         dual = dual_batch_norm_arguments((2, 3, 4, 5), "contiguous", "cpu", True)
-        _, mask, mean, rstd = self.kernels.dual_batch_norm(*dual)
-        for statistics in ((mean[0], rstd), (mean, rstd.double())):
-            with pytest.raises(RuntimeError, match="mean, rstd: not those"):
+        _, mask, statistics = self.kernels.dual_batch_norm(*dual)
+        for wrong in (statistics[0], statistics.double(), statistics.transpose(0, 1)):
+            with pytest.raises(RuntimeError, match="statistics: not those"):
                 self.kernels.dual_batch_norm_backward(
-                    *dual[:1], *dual[:2], mask, *[None] * 4, *statistics, True, True, True, True
+                    *dual[:1], *dual[:2], mask, *[None] * 4, wrong, True, True, True, True
                 )
 
     @pytest.mark.parametrize(
@@ -277,7 +278,7 @@ class TestCompiledOperatorsGuardMemory:
         for means in (torch.ones(5), torch.ones(6).double()):
             with pytest.raises(RuntimeError, match="means: expected two a channel"):
                 self.kernels.batch_norm_backward_apply(
-                    self.x, self.x, None, None, None, *torch.ones(2, 3), means, True, True, True
+                    self.x, self.x, None, None, None, torch.ones(2, 3), means, True, True, True
                 )
 
     def test_strided_x(self):

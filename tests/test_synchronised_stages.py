@@ -113,12 +113,12 @@ def test_nan_and_inf_spread_to_their_channels(backend, device):
 
 
 def forward(kernels, x, weight, bias, residual, relu=True):
-    """out, mask or None, mean and rstd of a norm in training."""
+    """out, mask or None, and the statistics of a norm in training."""
     saves = relu and residual is not None
-    out, mask, mean, rstd = kernels.batch_norm(
+    out, mask, statistics = kernels.batch_norm(
         x, residual, weight, bias, None, None, True, 0.1, 1e-5, relu, saves
     )
-    return out, mask if saves else None, mean, rstd
+    return out, mask if saves else None, statistics
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -131,17 +131,18 @@ def test_backward_apply(backend, device, layout, dtype, gate):
         x, dout, residual = (activation(shape, layout, device, dtype) for _ in range(3))
         weight, bias = (torch.randn(shape[1], dtype=dtype, device=device) for _ in range(2))
         relu = gate != "none"
-        out, mask, mean, rstd = forward(
+        out, mask, statistics = forward(
             kernels, x, weight, bias, residual if gate == "mask" else None, relu
         )
         g = torch.where(out > 0, dout, 0) if relu else dout
+        mean, rstd = statistics
         centred = x.double() - per_channel_view(mean.double(), x)
         x_hat = centred * per_channel_view(rstd.double(), x)
         # Not those of this x: the rest of the batch is elsewhere.
         means = torch.randn(2, shape[1], dtype=torch.float64).to(device, mean.dtype)
         mean_g, mean_gx = (per_channel_view(vector.double(), x) for vector in means)
         dx, dresidual = kernels.batch_norm_backward_apply(
-            dout, x, mask, weight, bias, mean, rstd, means.flatten(), relu, True, True
+            dout, x, mask, weight, bias, statistics, means.flatten(), relu, True, True
         )
         assert torch.equal(dresidual, g)
         scale = per_channel_view(weight.double() * rstd.double(), x)
@@ -160,9 +161,9 @@ def test_parts_of_a_batch_are_one_norm(backend, device, layout, sizes):
     shape = (sum(sizes), n_channels, 2, 3)
     x, residual, dout = (activation(shape, layout, device, torch.float64) for _ in range(3))
     weight, bias = torch.randn(2, n_channels, dtype=torch.float64, device=device)
-    out, mask, mean, rstd = forward(kernels, x, weight, bias, residual)
+    out, mask, statistics = forward(kernels, x, weight, bias, residual)
     dx, dresidual, dweight, dbias = kernels.batch_norm_backward(
-        dout, x, mask, weight, bias, mean, rstd, True, True, True, True, True
+        dout, x, mask, weight, bias, statistics, True, True, True, True, True
     )
 
     parts = list(zip(*(tensor.split(sizes) for tensor in (x, residual, dout)), strict=True))
@@ -175,8 +176,8 @@ def test_parts_of_a_batch_are_one_norm(backend, device, layout, sizes):
         for part, skip, _ in parts
     ]  # fmt: skip
     saved = [
-        (gradient, part, mask, weight, bias, *statistics)
-        for (part, _, gradient), (_, mask, *statistics) in zip(parts, normalised, strict=True)
+        (gradient, part, mask, weight, bias, statistics)
+        for (part, _, gradient), (_, mask, statistics) in zip(parts, normalised, strict=True)
     ]
     sums = [
         kernels.batch_norm_backward(*given, False, True, False, False, True)[2:] for given in saved
@@ -199,8 +200,8 @@ def test_parts_of_a_batch_are_one_norm(backend, device, layout, sizes):
 def test_only_what_is_needed(backend, device):
     kernels = backends.KERNELS[backend]
     x, dout = (activation((2, 3, 5), "contiguous", device, torch.float32) for _ in range(2))
-    _, mask, mean, rstd = forward(kernels, x, None, None, None)
-    given = dout, x, mask, None, None, mean, rstd, torch.rand(6, device=device), True
+    _, mask, statistics = forward(kernels, x, None, None, None)
+    given = dout, x, mask, None, None, statistics, torch.rand(6, device=device), True
     everything = kernels.batch_norm_backward_apply(*given, True, True)
     for needs in ((True, False), (False, True), (False, False)):
         results = kernels.batch_norm_backward_apply(*given, *needs)

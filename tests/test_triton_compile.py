@@ -76,7 +76,7 @@ def check_accesses(binary):
     # Channels-first, load_origin reads the one first element of its channel. Parameters in 16 bits
     # are read and written element by element, once a program.
     if binary["arguments"].get("weight_ptr") in (None, "torch.float32"):
-        origins = 2 if binary["arguments"].get("residual_mean_ptr") else 1
+        origins = 2 if binary["arguments"].get("DUAL") == "True" else 1
         assert binary["accesses_16"] <= origins, binary
 
 
@@ -133,11 +133,11 @@ def compile_all(capability, dtypes):
 
 
 def make_problem(shape, channels_last, dtype, parameter_dtype=None):
-    """An activation, (weight, bias, running mean and variance), and a mean or rstd."""
+    """An activation, (weight, bias, running mean and variance), and the statistics of two norms."""
     x = torch.empty(shape, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    statistics = torch.empty(2, shape[1], dtype=ops.statistics_dtype(dtype))
+    statistics = torch.empty(2, 2, shape[1], dtype=ops.statistics_dtype(dtype))
     norm = [torch.empty(shape[1], dtype=parameter_dtype or statistics.dtype) for _ in range(4)]
     return x, norm, statistics
 
@@ -147,19 +147,18 @@ def call_widest(x, norm, statistics, training=True):
     from fusedskip.triton_kernels import ops as kernels
 
     weight, bias, *_ = norm
-    mean = rstd = statistics
     numbers = training, 0.1, 1e-5
     kernels.batch_norm(x, None, *norm, *numbers, True, False)
     kernels.batch_norm_backward(
-        x, x, None, weight, bias, mean, rstd, training, True, True, False, True
+        x, x, None, weight, bias, statistics, training, True, True, False, True
     )
     _, mask, *_ = kernels.batch_norm(x, x, *norm, *numbers, True, True)
     kernels.batch_norm_backward(
-        x, x, mask, weight, bias, mean, rstd, training, True, True, True, True
+        x, x, mask, weight, bias, statistics, training, True, True, True, True
     )
     kernels.dual_batch_norm(x, x, *norm, *norm, *numbers, 0.1, 1e-5, True)
     kernels.dual_batch_norm_backward(
-        x, x, x, mask, weight, bias, weight, bias, mean, rstd, training, True, True, True
+        x, x, x, mask, weight, bias, weight, bias, statistics, training, True, True, True
     )
 
 
@@ -168,7 +167,6 @@ def call_the_rest(x, norm, statistics):
     from fusedskip.triton_kernels import ops as kernels
 
     weight, bias, *_ = norm
-    mean = rstd = statistics
     call_widest(x, norm, statistics, training=False)
     wider = torch.cat([x, x], 1)[:, : x.shape[1]]
     for training in (True, False):
@@ -176,20 +174,20 @@ def call_the_rest(x, norm, statistics):
         for relu in (True, False):
             kernels.batch_norm(x, x, *norm, *numbers, relu, False)
         kernels.batch_norm_backward(
-            x, x, None, weight, bias, mean, rstd, training, False, True, False, True
+            x, x, None, weight, bias, statistics, training, False, True, False, True
         )
         kernels.batch_norm_relu_into(x, *norm, wider, *numbers)
         kernels.dual_batch_norm(x, x, *norm, *norm, *numbers, 0.1, 1e-5, False)
 
     _, mask, *_ = kernels.batch_norm(x, x, *norm, True, 0.1, 1e-5, True, True)
     for needs in [(False, True, False), (False, False, True)]:
-        kernels.batch_norm_backward(x, x, mask, weight, bias, mean, rstd, True, True, *needs)
+        kernels.batch_norm_backward(x, x, mask, weight, bias, statistics, True, True, *needs)
     for needs in [(True, False, False), (False, True, False), (False, False, True)]:
         kernels.dual_batch_norm_backward(
-            x, x, x, mask, weight, bias, weight, bias, mean, rstd, True, *needs
+            x, x, x, mask, weight, bias, weight, bias, statistics, True, *needs
         )
     kernels.batch_norm(x, None, *NO_NORM, True, 0.1, 1e-5, True, False)
-    kernels.batch_norm_backward(x, x, None, None, None, mean, rstd, True, True, True, False, False)
+    kernels.batch_norm_backward(x, x, None, None, None, statistics, True, True, True, False, False)
 
     for relu_first, save_mask in itertools.product((True, False), repeat=2):
         out, mask = kernels.add_relu(x, x, relu_first, save_mask)
@@ -203,10 +201,10 @@ def call_synchronised(x, norm, statistics):
 
     weight, bias, *running = norm
     moments = kernels.batch_norm_stats(x).expand(3, -1).contiguous()
-    mean, rstd, _ = kernels.batch_norm_merge(moments, *running, 0.1)
-    _, mask, *_ = kernels.batch_norm(x, x, weight, bias, mean, rstd, False, 0.1, 1e-5, True, True)
+    mean, var, _ = kernels.batch_norm_merge(moments, *running, 0.1)
+    _, mask, *_ = kernels.batch_norm(x, x, weight, bias, mean, var, False, 0.1, 1e-5, True, True)
     kernels.batch_norm_backward_apply(
-        x, x, mask, weight, bias, mean, rstd, statistics.flatten(), True, True, True
+        x, x, mask, weight, bias, statistics, statistics[0].flatten(), True, True, True
     )
 
 
@@ -216,11 +214,11 @@ def call_with_64_bit_positions(dtype):
 
     for shape in ((2**31, 1), (2**25, 1, 8, 8)):
         x = torch.empty(shape, dtype=dtype)
-        _, mask, mean, rstd = kernels.dual_batch_norm(
+        _, mask, statistics = kernels.dual_batch_norm(
             x, x, *NO_NORM, *NO_NORM, True, 0.1, 1e-5, 0.1, 1e-5, True
         )
         kernels.dual_batch_norm_backward(
-            x, x, x, mask, *NO_NORM, mean, rstd, True, True, True, False
+            x, x, x, mask, *NO_NORM, statistics, True, True, True, False
         )
 
 

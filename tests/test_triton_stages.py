@@ -165,15 +165,15 @@ def check_batch_norm(shape, layout, dtype, parameter_dtype, training):
     x, residual, dout = (make(shape, dtype, layout) for _ in range(3))
     norm = parameters(shape[1], parameter_dtype)
     truth = TrueNorm(x, *norm, training, MOMENTUM, EPS)
-    out, mask, mean, rstd = ops.batch_norm(x, residual, *norm, training, MOMENTUM, EPS, True, True)
-    truth.check_statistics(mean, rstd, *norm[2:])
+    out, mask, statistics = ops.batch_norm(x, residual, *norm, training, MOMENTUM, EPS, True, True)
+    truth.check_statistics(statistics, *norm[2:])
     assert out.stride() == x.stride()
     assert_rounded(out, (truth.out + residual.double()).relu())
     assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
 
     weight, bias, *_ = norm
     dx, dresidual, *dparams = ops.batch_norm_backward(
-        dout, x, mask, weight, bias, mean, rstd, training, True, True, True, True
+        dout, x, mask, weight, bias, statistics, training, True, True, True, True
     )
     g = torch.where(out > 0, dout, 0)
     assert torch.equal(dresidual, g)
@@ -196,17 +196,17 @@ def check_dual_batch_norm(shape, layout, dtype, parameter_dtype, training):
     norm, residual_norm = (parameters(shape[1], parameter_dtype) for _ in range(2))
     truth = TrueNorm(x, *norm, training, MOMENTUM, EPS)
     residual_truth = TrueNorm(residual, *residual_norm, training, 0.6, 1e-2)
-    out, mask, mean, rstd = ops.dual_batch_norm(
+    out, mask, statistics = ops.dual_batch_norm(
         x, residual, *norm, *residual_norm, training, MOMENTUM, EPS, 0.6, 1e-2, True
     )
-    truth.check_statistics(mean[0], rstd[0], *norm[2:])
-    residual_truth.check_statistics(mean[1], rstd[1], *residual_norm[2:])
+    truth.check_statistics(statistics[0], *norm[2:])
+    residual_truth.check_statistics(statistics[1], *residual_norm[2:])
     assert out.stride() == x.stride()
     assert_rounded(out, (truth.out + residual_truth.out).relu())
     assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
 
     dx, dresidual, dweight, dbias, *residual_dparams = ops.dual_batch_norm_backward(
-        dout, x, residual, mask, *norm[:2], *residual_norm[:2], mean, rstd, training,
+        dout, x, residual, mask, *norm[:2], *residual_norm[:2], statistics, training,
         True, True, True,
     )  # fmt: skip
     g = torch.where(out > 0, dout, 0)
@@ -230,8 +230,9 @@ class TrueNorm:
         self.x_hat = (x.double() - channels(self.mean, x)) * channels(self.rstd, x)
         self.out = self.x_hat * self.weight + channels(bias, x)
 
-    def check_statistics(self, mean, rstd, running_mean, running_var):
-        assert mean.dtype == rstd.dtype == launch.statistics_dtype(self.x)
+    def check_statistics(self, statistics, running_mean, running_var):
+        assert statistics.dtype == launch.statistics_dtype(self.x)
+        mean, rstd = statistics
         assert_rounded(mean, self.mean)
         assert_rounded(rstd, self.rstd)
         assert_rounded(running_mean, self.running_mean)
@@ -255,12 +256,12 @@ def test_threshold_recomputed_from_x_is_that_of_forward(dtype, layout, tiles):
     x, dout = make((4, 9, 3, 5), dtype, layout), torch.ones(4, 9, 3, 5, dtype=dtype)
     dout = dout.as_strided(x.shape, x.stride())
     weight, bias, *_ = parameters(9, torch.float32)
-    out, mask, mean, rstd = ops.batch_norm(
+    out, mask, statistics = ops.batch_norm(
         x, None, weight, bias, None, None, True, 0.1, EPS, True, False
     )
     assert mask.shape == (0,)
     _, _, _, dbias = ops.batch_norm_backward(
-        dout, x, None, weight, bias, mean, rstd, True, True, False, False, True
+        dout, x, None, weight, bias, statistics, True, True, False, False, True
     )
     assert torch.equal(dbias, per_channel(out > 0).sum(0).float())
 
@@ -269,14 +270,14 @@ def test_threshold_recomputed_from_x_is_that_of_forward(dtype, layout, tiles):
 def test_only_what_is_needed(layout):
     x, residual, dout = (make((3, 9, 4, 5), torch.float32, layout) for _ in range(3))
     weight, bias, *_ = parameters(9, torch.float32)
-    _, mask, mean, rstd = ops.batch_norm(
+    _, mask, statistics = ops.batch_norm(
         x, residual, weight, bias, None, None, True, 0.1, EPS, True, True
     )
     for training in (True, False):
 
         def backward(*needs, weight=weight, bias=bias, training=training):
             return ops.batch_norm_backward(
-                dout, x, mask, weight, bias, mean, rstd, training, True, *needs
+                dout, x, mask, weight, bias, statistics, training, True, *needs
             )
 
         everything = backward(True, True, True)
@@ -303,7 +304,7 @@ def test_only_what_is_needed_of_two_norms(layout):
     x, residual, dout = (make((2, 2, 3, 5), torch.float32, layout) for _ in range(3))
     weight, bias, residual_weight, residual_bias = parameters(2, torch.float32)
     no_buffers = None, None
-    _, mask, mean, rstd = ops.dual_batch_norm(
+    _, mask, statistics = ops.dual_batch_norm(
         x, residual, weight, bias, *no_buffers, residual_weight, residual_bias, *no_buffers,
         True, 0.1, EPS, 0.1, EPS, True,
     )  # fmt: skip
@@ -311,7 +312,7 @@ def test_only_what_is_needed_of_two_norms(layout):
 
         def backward(parameters, *needs, training=training):
             return ops.dual_batch_norm_backward(
-                dout, x, residual, mask, *parameters, mean, rstd, training, *needs
+                dout, x, residual, mask, *parameters, statistics, training, *needs
             )
 
         given = weight, bias, residual_weight, residual_bias
@@ -339,21 +340,20 @@ def test_evaluation_without_running_statistics(layout):
     x, residual = (make((2, 9, 3, 5), torch.float32, layout) for _ in range(2))
     _, bias, _, residual_bias = parameters(9, torch.float32)
     shifted = x + channels(bias, x).float()
-    out, mask, mean, rstd = ops.batch_norm(
+    out, mask, statistics = ops.batch_norm(
         x, residual, None, bias, None, None, False, 0.0, 0.0, True, True
     )
     assert torch.equal(out, (shifted + residual).relu())
     assert torch.equal(mask, packed(out > 0, launch.View.of(x)))
-    assert torch.equal(mean, torch.zeros(9))
-    assert torch.equal(rstd, torch.ones(9))
-    out, no_mask, mean, rstd = ops.dual_batch_norm(
+    neutral = torch.stack([torch.zeros(9), torch.ones(9)])
+    assert torch.equal(statistics, neutral)
+    out, no_mask, statistics = ops.dual_batch_norm(
         x, residual, None, bias, None, None, None, residual_bias, None, None,
         False, 0.0, 0.0, 0.0, 0.0, False,
     )  # fmt: skip
     assert torch.equal(out, (shifted + (residual + channels(residual_bias, x).float())).relu())
     assert no_mask.shape == (0,)
-    assert torch.equal(mean, torch.zeros(2, 9))
-    assert torch.equal(rstd, torch.ones(2, 9))
+    assert torch.equal(statistics, neutral.expand(2, 2, 9))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -366,26 +366,25 @@ def test_into_part_of_a_wider_tensor(shape, layout, tiles):
     norm = parameters(n_channels, torch.float32)
     part = slice(2, 2 + n_channels)
     for training in (False, True):  # in this order: training updates the running statistics
-        expected[:, part], _, *statistics = ops.batch_norm(
+        expected[:, part], _, statistics = ops.batch_norm(
             x, None, *norm[:2], *(None, None) if training else norm[2:], training, MOMENTUM, EPS,
             True, False,
         )  # fmt: skip
-        results = ops.batch_norm_relu_into(x, *norm, wider[:, part], training, MOMENTUM, EPS)
+        ours = ops.batch_norm_relu_into(x, *norm, wider[:, part], training, MOMENTUM, EPS)
         assert torch.equal(wider, expected)
-        for result, statistic in zip(results, statistics, strict=True):
-            assert torch.equal(result, statistic)
+        assert torch.equal(ours, statistics)
 
 
 def test_without_relu():
     x, residual, dout = (make((3, 9, 4, 5)) for _ in range(3))
-    out, _, mean, rstd = ops.batch_norm(
+    out, _, statistics = ops.batch_norm(
         x, residual, None, None, None, None, True, 0.1, EPS, False, False
     )
     x_ref = x.clone().requires_grad_()
     expected = torch.nn.functional.batch_norm(x_ref, None, None, training=True, eps=EPS) + residual
     assert_rounded(out, expected.detach())
     dx, *_ = ops.batch_norm_backward(
-        dout, x, None, None, None, mean, rstd, True, False, True, False, False
+        dout, x, None, None, None, statistics, True, False, True, False, False
     )
     expected.backward(dout)
     assert_rounded(dx, x_ref.grad)
@@ -399,7 +398,7 @@ def test_nan_and_inf(layout, tiles):
     running_mean, running_var = torch.zeros(10), torch.ones(10)
     expected_mean, expected_var = running_mean.clone(), running_var.clone()
     expected = torch.nn.functional.batch_norm(x, expected_mean, expected_var, training=True).relu()
-    out, mask, _, _ = ops.batch_norm(
+    out, mask, _ = ops.batch_norm(
         x, residual, None, None, running_mean, running_var, True, 0.1, EPS, True, True
     )
     torch.testing.assert_close(out, expected, equal_nan=True)
@@ -442,7 +441,7 @@ def test_threshold_is_that_of_the_stored_value():
     """1e-8 + 0 is positive, but 0 in fp16: out is 0, so no gradient passes."""
     x = torch.zeros(1, 8, dtype=torch.float16)
     tiny, zero, one = torch.full((8,), 1e-8), torch.zeros(8), torch.ones(8)
-    out, mask, _, _ = ops.batch_norm(x, x, one, tiny, zero, one, False, 0.0, EPS, True, True)
+    out, mask, _ = ops.batch_norm(x, x, one, tiny, zero, one, False, 0.0, EPS, True, True)
     assert out.eq(0).all()
     assert mask.eq(0).all()
 
@@ -467,10 +466,9 @@ def test_mean_far_above_std(layout, tiles):
     x = make((4, 3, 6, 7), torch.float32, layout, shift=1000.0)
     residual = make((4, 3, 6, 7), torch.float32, layout, shift=-3000.0)
     norm = None, None, None, None
-    _, _, *alone = ops.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
-    _, _, *both = ops.dual_batch_norm(x, residual, *norm, *norm, True, 0.1, EPS, 0.1, EPS, False)
-    of_x, of_residual = zip(*both, strict=True)
-    for values, (mean, rstd) in [(x, alone), (x, of_x), (residual, of_residual)]:
+    _, _, alone = ops.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
+    _, _, both = ops.dual_batch_norm(x, residual, *norm, *norm, True, 0.1, EPS, 0.1, EPS, False)
+    for values, (mean, rstd) in [(x, alone), (x, both[0]), (residual, both[1])]:
         rows = per_channel(values)
         torch.testing.assert_close(mean.double(), rows.mean(0), rtol=2**-23, atol=0)
         torch.testing.assert_close(
@@ -482,9 +480,10 @@ def test_mean_far_above_std(layout, tiles):
 def test_stats_alone_are_those_of_forward(layout, tiles):
     x = make((4, 9, 5, 3), torch.float32, layout, shift=1000.0)
     norm = None, None, None, None
-    _, _, mean, rstd = ops.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
+    _, _, statistics = ops.batch_norm(x, None, *norm, True, 0.1, EPS, True, False)
     our_mean, m2, count = ops.batch_norm_stats(x).split([9, 9, 1])
     assert count.tolist() == [4 * 5 * 3]
+    mean, rstd = statistics
     assert torch.equal(our_mean, mean)
     torch.testing.assert_close((m2 / count + EPS).rsqrt(), rstd)
 
@@ -496,19 +495,17 @@ def test_runs_are_bitwise_equal(layout, tiles):
     no_buffers = weight, bias, None, None
 
     def run():
-        out, mask, *statistics = ops.batch_norm(
-            x, residual, *no_buffers, True, 0.1, EPS, True, True
-        )
-        yield from (out, mask, *statistics)
+        out, mask, statistics = ops.batch_norm(x, residual, *no_buffers, True, 0.1, EPS, True, True)
+        yield from (out, mask, statistics)
         yield from ops.batch_norm_backward(
-            dout, x, mask, weight, bias, *statistics, True, True, True, True, True
+            dout, x, mask, weight, bias, statistics, True, True, True, True, True
         )
-        out, mask, *statistics = ops.dual_batch_norm(
+        out, mask, statistics = ops.dual_batch_norm(
             x, residual, *no_buffers, *no_buffers, True, 0.1, EPS, 0.1, EPS, True
         )
-        yield from (out, mask, *statistics)
+        yield from (out, mask, statistics)
         yield from ops.dual_batch_norm_backward(
-            dout, x, residual, mask, weight, bias, weight, bias, *statistics, True, True, True, True
+            dout, x, residual, mask, weight, bias, weight, bias, statistics, True, True, True, True
         )
 
     for first, second in zip(run(), run(), strict=True):

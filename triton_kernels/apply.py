@@ -35,12 +35,12 @@ from .tile import (
 def batch_norm_apply_kernel(
     x_ptr, residual_ptr, out_ptr, mask_ptr,
     weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
-    momentum: tl.float64, eps: tl.float64, partials_ptr, mean_ptr, rstd_ptr,
+    momentum: tl.float64, eps: tl.float64,
     residual_weight_ptr, residual_bias_ptr, residual_running_mean_ptr, residual_running_var_ptr,
     residual_momentum: tl.float64, residual_eps: tl.float64,
-    residual_partials_ptr, residual_mean_ptr, residual_rstd_ptr,
+    partials_ptr, statistics_ptr,
     n_splits, n_outer, n_channels, n_inner, out_gap,
-    RELU: tl.constexpr, RELU_FIRST: tl.constexpr,
+    RELU: tl.constexpr, RELU_FIRST: tl.constexpr, DUAL: tl.constexpr,
     ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
@@ -48,28 +48,27 @@ def batch_norm_apply_kernel(
 ):  # fmt: skip
     """Absent tensors are None, which the compiler knows: they need no flags of their own.
 
-    RELU is of the sum, RELU_FIRST of x alone. out_gap is what lies between two outer indices of out
-    where that is part of a wider tensor.
+    RELU is of the sum, RELU_FIRST of x alone; DUAL says that the residual has a norm too. out_gap
+    is what lies between two outer indices of out where that is part of a wider tensor.
     """
     n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     program, n_programs = tl.program_id(1), tl.num_programs(1)
 
     n_positions = tl.cast(n_outer, INDEX_DTYPE) * n_inner
-    if mean_ptr is not None:
+    if statistics_ptr is not None:
         mean, scale, bias = finish_statistics(
-            x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
-            partials_ptr, mean_ptr, rstd_ptr, channels, n_splits, n_channels, n_inner, n_positions,
+            0, x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
+            partials_ptr, statistics_ptr, channels, n_splits, n_channels, n_inner, n_positions,
             ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
         )  # fmt: skip
         # In bf16 channels-first 40 registers, else 70; of two norms 40, else 122.
         mean, scale = uniform(mean), uniform(scale)
-    if residual_mean_ptr is not None:
+    if DUAL:
         residual_mean, residual_scale, residual_bias = finish_statistics(
-            residual_ptr, residual_weight_ptr, residual_bias_ptr,
+            1, residual_ptr, residual_weight_ptr, residual_bias_ptr,
             residual_running_mean_ptr, residual_running_var_ptr, residual_momentum, residual_eps,
-            residual_partials_ptr, residual_mean_ptr, residual_rstd_ptr,
-            channels, n_splits, n_channels, n_inner, n_positions,
+            partials_ptr, statistics_ptr, channels, n_splits, n_channels, n_inner, n_positions,
             ACC_DTYPE, STATS_POSITIONS, BLOCK_SPLITS,
         )  # fmt: skip
         residual_mean, residual_scale = uniform(residual_mean), uniform(residual_scale)
@@ -87,12 +86,12 @@ def batch_norm_apply_kernel(
         out = load_last(x_ptr + offsets, valid).to(ACC_DTYPE)
         if residual_ptr is not None:
             residual = load_last(residual_ptr + offsets, valid).to(ACC_DTYPE)
-        if mean_ptr is not None:
+        if statistics_ptr is not None:
             out = normalise(out, mean, scale, bias)
         if RELU_FIRST:
             passes = relu_passes(out, out_ptr.dtype.element_ty)
             out = tl.where(passes, out, 0.0)
-        if residual_mean_ptr is not None:
+        if DUAL:
             residual = normalise(residual, residual_mean, residual_scale, residual_bias)
         if residual_ptr is not None:
             out += residual
@@ -113,12 +112,15 @@ def batch_norm_apply_kernel(
 
 @triton.jit
 def finish_statistics(
-    x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
-    partials_ptr, mean_ptr, rstd_ptr, channels, n_splits, n_channels, n_inner, n_positions,
+    norm: tl.constexpr, x_ptr, weight_ptr, bias_ptr, running_mean_ptr, running_var_ptr,
+    momentum, eps, partials_ptr, statistics_ptr,
+    channels, n_splits, n_channels, n_inner, n_positions,
     dtype: tl.constexpr, STATS_POSITIONS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Mean, scale and bias of channels; the first program stores mean, rstd and running buffers."""
+    """Mean, scale and bias of channels; the first program stores statistics and running buffers."""
+    rows = n_channels.to(tl.int64) * 2 * norm  # of the norms before this one
     if partials_ptr is not None:
+        partials_ptr += rows * n_splits
         mean, m2 = merge_moments(
             x_ptr, partials_ptr, channels, n_splits, n_channels, n_inner, n_positions,
             dtype, STATS_POSITIONS, BLOCK_SPLITS,
@@ -133,8 +135,9 @@ def finish_statistics(
             unbiased = divide(m2, (n_positions - 1).to(dtype))
             update_running(running_mean_ptr, mean, momentum, channels, n_channels)
             update_running(running_var_ptr, unbiased, momentum, channels, n_channels)
-        tl.store(mean_ptr + channels, mean, mask=channels < n_channels)
-        tl.store(rstd_ptr + channels, rstd, mask=channels < n_channels)
+        statistics_ptr += rows
+        tl.store(statistics_ptr + channels, mean, mask=channels < n_channels)
+        tl.store(statistics_ptr + n_channels + channels, rstd, mask=channels < n_channels)
     scale = load_channels(weight_ptr, channels, n_channels, 1.0, dtype) * rstd
     return mean, scale, load_channels(bias_ptr, channels, n_channels, 0.0, dtype)
 
@@ -165,21 +168,18 @@ def apply(
     norm: Norm = ABSENT,
     residual_norm: Norm | None = None,
     partials: torch.Tensor | None = None,
-    mean: torch.Tensor | None = None,
-    rstd: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
 ) -> None:
-    """Fill out and mask; with a norm, that is with mean and rstd, those and the running buffers.
+    """Fill out and mask; with a norm, that is with statistics, those and the running buffers.
 
-    The statistics are those of the batch if partials are given, else the running ones. With a norm
-    of the residual, partials, mean and rstd have a leading dimension of two: x, residual.
+    They are those of the batch if partials are given, else the running ones: (2, n_channels), mean
+    and rstd. With a norm of the residual, both have a leading dimension of two: x, residual.
     """
-    statistics = partials, mean, rstd
-    residual_statistics = [None if residual_norm is None or s is None else s[1] for s in statistics]
     batch_norm_apply_kernel[plan.channel_blocks, plan.n_programs](
         x, residual, out, mask,
-        *norm, *statistics, *(residual_norm or ABSENT), *residual_statistics,
+        *norm, *(residual_norm or ABSENT), partials, statistics,
         plan.stats_splits, *view, view.gap(out),
-        RELU=relu, RELU_FIRST=relu_first,
+        RELU=relu, RELU_FIRST=relu_first, DUAL=residual_norm is not None,
         STATS_POSITIONS=plan.stats_positions, BLOCK_SPLITS=padded(plan.stats_splits),
         **plan.constants(x), maxnreg=plan.max_registers,
     )  # fmt: skip

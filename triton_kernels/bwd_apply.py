@@ -22,6 +22,7 @@ from .tile import (
     load_channels,
     load_last,
     load_partials,
+    load_statistics,
     tile_offsets,
     uniform,
     whole_vectors,
@@ -31,8 +32,7 @@ from .tile import (
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_apply_kernel(
     dout_ptr, x_ptr, residual_ptr, mask_ptr, dx_ptr, dresidual_ptr, partials_ptr, means_ptr,
-    mean_ptr, rstd_ptr, residual_mean_ptr, residual_rstd_ptr,
-    weight_ptr, bias_ptr, residual_weight_ptr,
+    statistics_ptr, weight_ptr, bias_ptr, residual_weight_ptr,
     dweight_ptr, dbias_ptr, residual_dweight_ptr, residual_dbias_ptr,
     n_splits, n_outer, n_channels, n_inner,
     RELU: tl.constexpr, TRAINING: tl.constexpr,
@@ -49,13 +49,13 @@ def batch_norm_bwd_apply_kernel(
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     program, n_programs = tl.program_id(1), tl.num_programs(1)
 
-    mean = load_channels(mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
-    rstd = load_channels(rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
+    mean = load_statistics(statistics_ptr, 0, channels, n_channels, ACC_DTYPE)
+    rstd = load_statistics(statistics_ptr, 1, channels, n_channels, ACC_DTYPE)
     scale = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
     bias = load_channels(bias_ptr, channels, n_channels, 0.0, ACC_DTYPE)
     if residual_ptr is not None:
-        residual_mean = load_channels(residual_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
-        residual_rstd = load_channels(residual_rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
+        residual_mean = load_statistics(statistics_ptr, 2, channels, n_channels, ACC_DTYPE)
+        residual_rstd = load_statistics(statistics_ptr, 3, channels, n_channels, ACC_DTYPE)
         residual_scale = load_channels(residual_weight_ptr, channels, n_channels, 1.0, ACC_DTYPE)
         residual_scale *= residual_rstd
     if partials_ptr is not None:
@@ -147,8 +147,7 @@ def bwd_apply(
     relu: bool,
     training: bool = False,
     partials: torch.Tensor | None = None,
-    mean: torch.Tensor | None = None,
-    rstd: torch.Tensor | None = None,
+    statistics: torch.Tensor | None = None,
     parameters: Sequence[torch.Tensor | None] = (None, None),
     dparameters: Sequence[torch.Tensor | None] = (None, None),
     means: torch.Tensor | None = None,
@@ -156,15 +155,14 @@ def bwd_apply(
     """Fill those of dx, dresidual and dparameters that are given.
 
     Partials are needed for dparameters, and in training they or means for dx. Parameters are weight
-    and bias, and with a residual those of its norm; mean and rstd are then (2, n_channels).
+    and bias, and with a residual those of its norm; statistics are then (2, 2, n_channels).
     """
     n_programs = plan.n_programs if dx is not None or dresidual is not None else 1
     # The bias of the residual's norm decided on the mask alone, and there is one.
     weight, bias, residual_weight = (*parameters, None)[:3]
     batch_norm_bwd_apply_kernel[plan.channel_blocks, n_programs](
         dout, x, residual, mask, dx, dresidual, partials, means,
-        mean, rstd, *(None if residual is None or s is None else s[1] for s in (mean, rstd)),
-        weight, bias, residual_weight, *(*dparameters, None, None)[:4],
+        statistics, weight, bias, residual_weight, *(*dparameters, None, None)[:4],
         plan.bwd_splits, *view,
         RELU=relu, TRAINING=training, BLOCK_SPLITS=padded(plan.bwd_splits),
         **plan.constants(dout), maxnreg=plan.max_registers,

@@ -16,6 +16,7 @@ from .launch import SIZES, Plan, View
 from .tile import (
     in_octets,
     load_channels,
+    load_statistics,
     mask_offsets,
     normalise,
     relu_passes,
@@ -28,7 +29,7 @@ from .tile import (
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_reduce_kernel(
     dout_ptr, x_ptr, residual_ptr, mask_ptr,
-    weight_ptr, bias_ptr, mean_ptr, rstd_ptr, residual_mean_ptr, partials_ptr,
+    weight_ptr, bias_ptr, statistics_ptr, partials_ptr,
     n_outer, n_channels, n_inner,
     RELU: tl.constexpr, ACC_DTYPE: tl.constexpr, INDEX_DTYPE: tl.constexpr,
     VEC: tl.constexpr, CHANNELS_LAST: tl.constexpr,
@@ -38,15 +39,15 @@ def batch_norm_bwd_reduce_kernel(
     n_channels, n_inner = whole_vectors(n_channels, n_inner, VEC, CHANNELS_LAST)
     channels = tl.program_id(0).to(tl.int64) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     split, n_splits = tl.program_id(1), tl.num_programs(1)
-    mean = load_channels(mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
-    rstd = load_channels(rstd_ptr, channels, n_channels, 1.0, ACC_DTYPE)
+    mean = load_statistics(statistics_ptr, 0, channels, n_channels, ACC_DTYPE)
+    rstd = load_statistics(statistics_ptr, 1, channels, n_channels, ACC_DTYPE)
     scale = load_channels(weight_ptr, channels, n_channels, 1.0, ACC_DTYPE) * rstd
     bias = load_channels(bias_ptr, channels, n_channels, 0.0, ACC_DTYPE)
 
     sum_g = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
     sum_gx = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
     if residual_ptr is not None:
-        residual_mean = load_channels(residual_mean_ptr, channels, n_channels, 0.0, ACC_DTYPE)
+        residual_mean = load_statistics(statistics_ptr, 2, channels, n_channels, ACC_DTYPE)
         sum_gr = tl.zeros([BLOCK_POSITIONS, BLOCK_CHANNELS], ACC_DTYPE)
     pitch = n_inner if mask_ptr is None or CHANNELS_LAST else in_octets(n_inner, INDEX_DTYPE)
     n_tiles = tl.cdiv(tl.cast(n_outer, INDEX_DTYPE) * pitch, BLOCK_POSITIONS)
@@ -102,8 +103,7 @@ def bwd_reduce(
     mask: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    statistics: torch.Tensor,
     partials: torch.Tensor,
     view: View,
     plan: Plan,
@@ -111,10 +111,10 @@ def bwd_reduce(
 ) -> None:
     """Fill partials, (2, n_splits, n_channels) in the statistics dtype.
 
-    With a residual it is (3, n_splits, n_channels), and mean and rstd are (2, n_channels).
+    With a residual it is (3, n_splits, n_channels), and statistics are (2, 2, n_channels).
     """
     batch_norm_bwd_reduce_kernel[plan.channel_blocks, plan.bwd_splits](
         dout, x, residual, mask,
-        weight, bias, mean, rstd, None if residual is None else mean[1], partials,
+        weight, bias, statistics, partials,
         *view, RELU=relu, **plan.constants(x), maxnreg=plan.max_registers,
     )  # fmt: skip

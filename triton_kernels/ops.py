@@ -52,8 +52,8 @@ def batch_norm(
     eps: float,
     relu: bool,
     save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return relu(bn(x) + residual), mask, mean (C,) and rstd (C,); x is (N, C, *).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return relu(bn(x) + residual), mask, and statistics (2, C): mean, rstd; x is (N, C, *).
 
     Training updates the running buffers. Evaluation without them has mean 0 and variance 1.
     """
@@ -86,11 +86,10 @@ def batch_norm_relu_into(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Fill out, part of a wider tensor, with relu(bn(x)); return mean (C,) and rstd (C,)."""
+) -> Tensor:
+    """Fill out, part of a wider tensor, with relu(bn(x)); return its statistics (2, C)."""
     norm = Norm(weight, bias, running_mean, running_var, momentum, eps)
-    _, _, mean, rstd = _forward(x, None, norm, None, training, True, False, out)
-    return mean, rstd
+    return _forward(x, None, norm, None, training, True, False, out)[2]
 
 
 def dual_batch_norm(
@@ -110,8 +109,8 @@ def dual_batch_norm(
     residual_momentum: float,
     residual_eps: float,
     save_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return relu(bn(x) + bn'(residual)), mask, mean (2, C) and rstd (2, C), those of x first."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return relu(bn(x) + bn'(residual)), mask, and statistics (2, 2, C), those of x first."""
     norm = Norm(weight, bias, running_mean, running_var, momentum, eps)
     residual_norm = Norm(
         residual_weight, residual_bias, residual_running_mean, residual_running_var,
@@ -129,26 +128,24 @@ def _forward(
     relu: bool,
     save_mask: bool,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_contiguous(*norm[:4], *(residual_norm or ())[:4])
     view = View.of(x)
     norms = () if residual_norm is None else (2,)
     chosen = plan(view, x.itemsize, 1 if residual_norm is None else 2)
     out = torch.empty_like(x) if out is None else out
     mask = x.new_empty(view.mask_shape if save_mask else 0, dtype=torch.uint8)
-    dtype = statistics_dtype(x)
-    mean = x.new_empty((*norms, view.n_channels), dtype=dtype)
-    rstd = x.new_empty((*norms, view.n_channels), dtype=dtype)
+    statistics = x.new_empty((*norms, 2, view.n_channels), dtype=statistics_dtype(x))
     partials = None
     with torch.cuda.device_of(x):
         if training:
-            partials = x.new_empty((*norms, 2, chosen.stats_splits, view.n_channels), dtype=dtype)
+            partials = statistics.new_empty((*norms, 2, chosen.stats_splits, view.n_channels))
             stats(x, residual if norms else None, partials, view, chosen)
         apply(
             x, residual, out, mask if save_mask else None, view, chosen, relu, False,
-            norm, residual_norm, partials, mean, rstd,
+            norm, residual_norm, partials, statistics,
         )  # fmt: skip
-    return out, mask, mean, rstd
+    return out, mask, statistics
 
 
 def batch_norm_backward(
@@ -157,8 +154,7 @@ def batch_norm_backward(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     training: bool,
     relu: bool,
     need_dx: bool,
@@ -170,7 +166,7 @@ def batch_norm_backward(
     Without a mask, the threshold of relu is recomputed from x.
     """
     return _backward(
-        dout, x, None, mask, (weight, bias), mean, rstd, training, relu,
+        dout, x, None, mask, (weight, bias), statistics, training, relu,
         need_dx, need_dresidual, need_dparams,
     )  # fmt: skip
 
@@ -184,8 +180,7 @@ def dual_batch_norm_backward(
     bias: Tensor | None,
     residual_weight: Tensor | None,
     residual_bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     training: bool,
     need_dx: bool,
     need_dresidual: bool,
@@ -197,7 +192,7 @@ def dual_batch_norm_backward(
     """
     parameters = weight, bias, residual_weight, residual_bias
     return _backward(
-        dout, x, residual, mask, parameters, mean, rstd, training, True,
+        dout, x, residual, mask, parameters, statistics, training, True,
         need_dx, need_dresidual, need_dparams,
     )  # fmt: skip
 
@@ -208,8 +203,7 @@ def _backward(
     residual: Tensor | None,
     mask: Tensor | None,
     parameters: tuple[Tensor | None, ...],
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     training: bool,
     relu: bool,
     need_dx: bool,
@@ -236,12 +230,12 @@ def _backward(
             shape = (2 if residual is None else 3, chosen.bwd_splits, view.n_channels)
             partials = x.new_empty(shape, dtype=statistics_dtype(x))
             bwd_reduce(
-                dout, x, residual, mask, weight, bias, mean, rstd, partials, view, chosen, relu
+                dout, x, residual, mask, weight, bias, statistics, partials, view, chosen, relu
             )
         if has_dparams or need_dx or need_dresidual:
             bwd_apply(
                 dout, x, residual, mask, dx, dresidual, view, chosen, relu,
-                training, partials, mean, rstd, parameters, dparameters, means,
+                training, partials, statistics, parameters, dparameters, means,
             )  # fmt: skip
     return tuple(x.new_empty(0) if g is None else g for g in (dx, dresidual, *dparameters))
 
@@ -279,8 +273,7 @@ def batch_norm_backward_apply(
     mask: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     means: Tensor,
     relu: bool,
     need_dx: bool,
@@ -291,7 +284,7 @@ def batch_norm_backward_apply(
     means (2C,) are those of g, dout where ReLU passed, and of g * (x - mean) * rstd.
     """
     dx, dresidual, *_ = _backward(
-        dout, x, None, mask, (weight, bias), mean, rstd, True, relu,
+        dout, x, None, mask, (weight, bias), statistics, True, relu,
         need_dx, need_dresidual, False, means,
     )  # fmt: skip
     return dx, dresidual

@@ -120,6 +120,18 @@ def load_channels(ptr, channels, n_channels, absent: tl.constexpr, dtype: tl.con
 
 
 @triton.jit
+def load_statistics(
+    statistics_ptr, row: tl.constexpr, channels, n_channels, dtype: tl.constexpr
+):  # fmt: skip
+    """Row 2k is the mean and 2k + 1 the rstd of norm k, [len(channels)]; 0 and 1 without any."""
+    if statistics_ptr is None:
+        return tl.full([channels.shape[0]], row % 2, dtype)
+    else:
+        offsets = n_channels.to(tl.int64) * row + channels
+        return tl.load(statistics_ptr + offsets, mask=channels < n_channels, other=0.0)
+
+
+@triton.jit
 def update_running(ptr, batch, momentum, channels, n_channels):
     """(1 - momentum) * running + momentum * batch, in place.
 

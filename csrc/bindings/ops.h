@@ -36,29 +36,31 @@ Tensor add_relu_backward(const Tensor& dout, const Tensor& mask) {
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm(
-    const Tensor& x, const OptionalTensor& residual, const OptionalTensor& weight,
-    const OptionalTensor& bias, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, bool training, double momentum, double eps, bool relu,
-    bool save_mask) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm(const Tensor& x, const OptionalTensor& residual,
+                                              const OptionalTensor& weight,
+                                              const OptionalTensor& bias,
+                                              const OptionalTensor& running_mean,
+                                              const OptionalTensor& running_var, bool training,
+                                              double momentum, double eps, bool relu,
+                                              bool save_mask) {
   const Device device(x);
   const View view = view_of(x);
   STD_TORCH_CHECK(!training || x.numel() != x.size(1), "x: expected more than one value a channel");
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, view);
-  Tensor mean = empty_statistics(x, 1), rstd = empty_statistics(x, 1);
+  Tensor statistics = empty_statistics(x, 1);
   device.batch_norm({
       .view = view,
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
       .residual = residual ? data_like(*residual, x, "residual") : nullptr,
-      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
+      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, statistics, 0, x),
       .training = training,
       .relu = relu,
       .out = out.data_ptr(),
       .out_pitch = view.n_channels * view.n_inner,
       .mask = mask_data(mask, x, view),
   });
-  return {out, mask, mean, rstd};
+  return {out, mask, statistics};
 }
 
 template <typename Device>
@@ -68,17 +70,14 @@ Tensor batch_norm_inference(const Tensor& x, const OptionalTensor& residual,
                             double eps, bool relu) {
   const Device device(x);
   const View view = view_of(x);
-  // Kernels leave mean and rstd for a backward pass, which there is not.
-  Tensor out = empty_like(x), mean_and_rstd = empty_statistics(x, 2);
-  Norm norm =
-      norm_of(weight, bias, running_mean, running_var, 0, eps, mean_and_rstd, mean_and_rstd, 0, x);
-  norm.rstd = statistics_row(mean_and_rstd, 1, x);
+  // Kernels leave statistics for a backward pass, which there is not.
+  Tensor out = empty_like(x), statistics = empty_statistics(x, 1);
   device.batch_norm({
       .view = view,
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
       .residual = residual ? data_like(*residual, x, "residual") : nullptr,
-      .norm = norm,
+      .norm = norm_of(weight, bias, running_mean, running_var, 0, eps, statistics, 0, x),
       .training = false,
       .relu = relu,
       .out = out.data_ptr(),
@@ -90,8 +89,8 @@ Tensor batch_norm_inference(const Tensor& x, const OptionalTensor& residual,
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
     const Tensor& dout, const Tensor& x, const OptionalTensor& mask, const OptionalTensor& weight,
-    const OptionalTensor& bias, const Tensor& mean, const Tensor& rstd, bool training, bool relu,
-    bool need_dx, bool need_dresidual, bool need_dparams) {
+    const OptionalTensor& bias, const Tensor& statistics, bool training, bool relu, bool need_dx,
+    bool need_dresidual, bool need_dparams) {
   const Device device(x);
   const View view = view_of(x);
   Tensor dx = need_dx ? empty_like(x) : not_asked_for(x);
@@ -104,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
       .dout = data_like(dout, x, "dout"),
       .x = x.data_ptr(),
       .mask = mask ? mask_data(*mask, x, view) : nullptr,
-      .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
+      .norm = norm_of(weight, bias, {}, {}, 0, 0, statistics, 0, x),
       .training = training,
       .relu = relu,
       .dx = need_dx ? dx.data_ptr() : nullptr,
@@ -116,30 +115,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor> batch_norm_relu_into(const Tensor& x, const OptionalTensor& weight,
-                                                const OptionalTensor& bias,
-                                                const OptionalTensor& running_mean,
-                                                const OptionalTensor& running_var,
-                                                const Tensor& out, bool training, double momentum,
-                                                double eps) {
+Tensor batch_norm_relu_into(const Tensor& x, const OptionalTensor& weight,
+                            const OptionalTensor& bias, const OptionalTensor& running_mean,
+                            const OptionalTensor& running_var, const Tensor& out, bool training,
+                            double momentum, double eps) {
   const Device device(x);
   const View view = view_of(x);
-  Tensor mean = empty_statistics(x, 1), rstd = empty_statistics(x, 1);
+  Tensor statistics = empty_statistics(x, 1);
   device.batch_norm({
       .view = view,
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
-      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
+      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, statistics, 0, x),
       .training = training,
       .relu = true,
       .out = out.data_ptr(),
       .out_pitch = pitch_of(out, x, view),
   });
-  return {mean, rstd};
+  return statistics;
 }
 
 template <typename Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> dual_batch_norm(
+std::tuple<Tensor, Tensor, Tensor> dual_batch_norm(
     const Tensor& x, const Tensor& residual, const OptionalTensor& weight,
     const OptionalTensor& bias, const OptionalTensor& running_mean,
     const OptionalTensor& running_var, const OptionalTensor& residual_weight,
@@ -149,31 +146,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dual_batch_norm(
   const Device device(x);
   const View view = view_of(x);
   Tensor out = empty_like(x), mask = empty_mask(x, save_mask, view);
-  Tensor mean = empty_statistics(x, 2), rstd = empty_statistics(x, 2);
+  Tensor statistics = empty_statistics(x, 2);
   device.batch_norm({
       .view = view,
       .dtype = dtype_of(x),
       .x = x.data_ptr(),
       .residual = data_like(residual, x, "residual"),
-      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, mean, rstd, 0, x),
+      .norm = norm_of(weight, bias, running_mean, running_var, momentum, eps, statistics, 0, x),
       .residual_norm =
           norm_of(residual_weight, residual_bias, residual_running_mean, residual_running_var,
-                  residual_momentum, residual_eps, mean, rstd, 1, x),
+                  residual_momentum, residual_eps, statistics, 1, x),
       .training = training,
       .relu = true,
       .out = out.data_ptr(),
       .out_pitch = view.n_channels * view.n_inner,
       .mask = mask_data(mask, x, view),
   });
-  return {out, mask, mean, rstd};
+  return {out, mask, statistics};
 }
 
 template <typename Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backward(
     const Tensor& dout, const Tensor& x, const Tensor& residual, const Tensor& mask,
     const OptionalTensor& weight, const OptionalTensor& bias, const OptionalTensor& residual_weight,
-    const OptionalTensor& residual_bias, const Tensor& mean, const Tensor& rstd, bool training,
-    bool need_dx, bool need_dresidual, bool need_dparams) {
+    const OptionalTensor& residual_bias, const Tensor& statistics, bool training, bool need_dx,
+    bool need_dresidual, bool need_dparams) {
   const Device device(x);
   const View view = view_of(x);
   const uint8_t* bits = mask_data(mask, x, view);
@@ -191,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> dual_batch_norm_backw
       .x = x.data_ptr(),
       .residual = data_like(residual, x, "residual"),
       .mask = bits,
-      .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
-      .residual_norm = norm_of(residual_weight, residual_bias, {}, {}, 0, 0, mean, rstd, 1, x),
+      .norm = norm_of(weight, bias, {}, {}, 0, 0, statistics, 0, x),
+      .residual_norm = norm_of(residual_weight, residual_bias, {}, {}, 0, 0, statistics, 1, x),
       .training = training,
       .relu = true,
       .dx = need_dx ? dx.data_ptr() : nullptr,
@@ -251,8 +248,8 @@ template <typename Device>
 std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dout, const Tensor& x,
                                                      const OptionalTensor& mask,
                                                      const OptionalTensor& weight,
-                                                     const OptionalTensor& bias, const Tensor& mean,
-                                                     const Tensor& rstd, const Tensor& means,
+                                                     const OptionalTensor& bias,
+                                                     const Tensor& statistics, const Tensor& means,
                                                      bool relu, bool need_dx, bool need_dresidual) {
   const Device device(x);
   const View view = view_of(x);
@@ -264,8 +261,8 @@ std::tuple<Tensor, Tensor> batch_norm_backward_apply(const Tensor& dout, const T
       .dout = data_like(dout, x, "dout"),
       .x = x.data_ptr(),
       .mask = mask ? mask_data(*mask, x, view) : nullptr,
-      .norm = norm_of(weight, bias, {}, {}, 0, 0, mean, rstd, 0, x),
-      .means = statistics_data(means, 2, x, "means: expected two a channel, like mean and rstd"),
+      .norm = norm_of(weight, bias, {}, {}, 0, 0, statistics, 0, x),
+      .means = statistics_data(means, 2, x, "means: expected two a channel, like statistics"),
       .training = true,
       .relu = relu,
       .dx = need_dx ? dx.data_ptr() : nullptr,
