@@ -37,6 +37,11 @@ def opcheck(op, arguments, symbolic=True):
     torch.library.opcheck(op, arguments, test_utils=utils)
 
 
+def operators(backend):
+    """Those of a backend as torch knows them, which `backends.KERNELS` may have wrapped."""
+    return getattr(torch.ops, ops.TRITON if backend == "triton" else ops.COMPILED)
+
+
 def shapes_of(backend):
     """Interpreted, two: test_mask has all."""
     return SHAPES[1:3] if interpreted(backend) else SHAPES
@@ -44,7 +49,7 @@ def shapes_of(backend):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_add_relu(backend, device, layout):
-    kernels = backends.KERNELS[backend]
+    kernels = operators(backend)
     for shape in SHAPES:
         x, residual = (activation(shape, layout, device) for _ in range(2))
         for flags in itertools.product((True, False), repeat=2):
@@ -56,7 +61,7 @@ def test_opcheck_add_relu(backend, device, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_opcheck_batch_norm(backend, device, layout, training):
-    kernels = backends.KERNELS[backend]
+    kernels = operators(backend)
     for shape, residual in itertools.product(shapes_of(backend), (True, False)):
         arguments = batch_norm_arguments(shape, layout, device, residual, training)
         opcheck(kernels.batch_norm, arguments, symbolic=not interpreted(backend))
@@ -79,7 +84,7 @@ def test_opcheck_batch_norm(backend, device, layout, training):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_opcheck_batch_norm_into(backend, device, layout, training):
-    kernels = backends.KERNELS[backend]
+    kernels = operators(backend)
     for shape in shapes_of(backend):
         x, _, weight, bias, *running = batch_norm_arguments(shape, layout, device, False, True)[:6]
         # opcheck makes a copy of a part of a tensor, which then lies otherwise.
@@ -96,7 +101,7 @@ def dual_batch_norm_arguments(shape, layout, device, training, save_mask=True):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_opcheck_dual_batch_norm(backend, device, layout, training):
-    kernels = backends.KERNELS[backend]
+    kernels = operators(backend)
     for shape in shapes_of(backend):
         arguments = dual_batch_norm_arguments(shape, layout, device, training)
         opcheck(kernels.dual_batch_norm, arguments, symbolic=not interpreted(backend))
@@ -113,7 +118,7 @@ def test_opcheck_dual_batch_norm(backend, device, layout, training):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck_synchronised_batch_norm(backend, device, layout):
-    kernels = backends.KERNELS[backend]
+    kernels = operators(backend)
     x, _, weight, bias, *running = batch_norm_arguments(SHAPES[2], layout, device, False, True)[:6]
     opcheck(kernels.batch_norm_stats, (x,))
     moments = kernels.batch_norm_stats(x).expand(3, -1).contiguous()
