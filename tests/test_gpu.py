@@ -276,16 +276,14 @@ def test_out_of_memory(backend, device, room):
     x, running = torch.ones(n >> 10, 1 << 10, device=device), torch.zeros(1 << 10, device=device)
     torch.cuda.empty_cache()
     size, total = 4 * n, torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(
-        (torch.cuda.memory_reserved() + room * size) / total, device
-    )
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room * size) / total)
     try:
         with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
             fusedskip.batch_norm_add_relu(
                 x, x, running, running, x.new_ones(1 << 10).requires_grad_(), None, training=True
             )
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert not running.any()
 
 
