@@ -61,9 +61,9 @@ def test_auto_on_a_gpu_without_kernels(monkeypatch):
     ],
 )
 def test_no_memory(megabytes, error):
-    """Of 64 MB and the mask's two, torch's error for the first, which it raises itself.
+    """Of 64 MB of out torch's own error; of 2 MB of mask, for which it then has room, one like it.
 
-    On a GPU, whose allocator says more, test_gpu.py has this test.
+    Nothing has been updated. On a GPU test_gpu.py tests the same.
     """
     code = f"""
 import resource
