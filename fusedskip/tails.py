@@ -307,8 +307,8 @@ def is_plain(module: nn.Module) -> bool:
         if len(attributes[hooks]):
             return False
     kind, forward = forward_of(module)
-    # Of keys, dynamo guards that none is added.
-    return "forward" not in attributes.keys() and kind.forward is forward  # noqa: SIM118
+    # Of a method that is read, dynamo guards that the module gets none of its own.
+    return callable(module.forward) and "forward" not in attributes and kind.forward is forward
 
 
 def run_steps(steps: list[Step], x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def overridable(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
+        given = (*args, *kwargs.values()) if kwargs else args
         if has_torch_function(given):
             return handle_torch_function(call, given, *args, **kwargs)
         return function(*args, **kwargs)

@@ -82,7 +82,7 @@ print(running.any())
 """
     said = python(code, MALLOC_ARENA_MAX="1", OMP_NUM_THREADS="1")
     assert said.startswith(error)
-    assert said.endswith("tensor(False)\n")
+    assert "\ntensor(False)\n" in said  # torch 2.11 also says on stderr what has failed
 
 
 def test_a_gpu_that_the_kernels_were_not_built_for(monkeypatch):
@@ -139,7 +139,9 @@ def test_backend_that_cannot_take_the_tensor():
         fusedskip.add_relu(torch.ones(2), torch.ones(2))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there are launches to choose")
+@pytest.mark.skipif(
+    backends.ops.has_kernel(backends.ops.COMPILED, "CUDA"), reason="there are launches to choose"
+)
 def test_launches_of_a_backend_that_is_not_there():
     with pytest.raises(RuntimeError, match="backend 'cuda': this installation"), backends.on_chip():
         pass
