@@ -25,12 +25,15 @@ class AddReLU(torch.autograd.Function):
         out, mask = KERNELS[backend].add_relu(
             x, laid_out_like(residual, x), relu_first, passes_relu
         )
+        _leave_undefined(ctx)
         ctx.save_for_backward(mask if passes_relu else None)
         ctx.strides, ctx.relu_first, ctx.backend = out.stride(), relu_first, backend
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return _no_gradients(ctx)
         (mask,) = ctx.saved_tensors
         if mask is None:
             return None, dout, None, None
@@ -55,12 +58,15 @@ class BiasAddReLU(torch.autograd.Function):
         out, *saved = KERNELS[backend].batch_norm(
             x, residual, None, bias, None, None, False, 0.0, 0.0, True, True
         )
+        _leave_undefined(ctx)
         ctx.save_for_backward(*saved)
         ctx.bias_dtype, ctx.strides, ctx.backend = bias.dtype, out.stride(), backend
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return _no_gradients(ctx)
         mask, statistics = ctx.saved_tensors
         need_x, need_residual, need_bias, _ = ctx.needs_input_grad
         dout, bias = strided(dout, ctx.strides), _like_bias(ctx.bias_dtype, None, statistics)
@@ -99,29 +105,38 @@ class BatchNorm(torch.autograd.Function):
         relu: bool,
         backend: str,
     ) -> Tensor:
+        save_mask = relu and residual is not None
+        need_x, _, need_weight, *_ = ctx.needs_input_grad
+        ctx.recomputes_gate = relu and not save_mask
+        keeps_x = ctx.recomputes_gate or _reads_input(training, need_x, need_weight)
+        keeps_weight = ctx.recomputes_gate or need_x or need_weight
+        saved = (
+            x if keeps_x else None,
+            weight if keeps_weight else None,
+            bias if ctx.recomputes_gate else None,
+        )
+        _refuse_inference(saved)
         dense_x = dense(x)
         residual = None if residual is None else laid_out_like(residual, dense_x)
-        save_mask = relu and residual is not None
         out, mask, statistics = KERNELS[backend].batch_norm(
             dense_x, residual, weight, bias, running_mean, running_var,
             training, momentum, eps, relu, save_mask,
         )  # fmt: skip
-        need_x, _, need_weight, *_ = ctx.needs_input_grad
-        ctx.recomputes_gate = relu and not save_mask
-        keeps_x = ctx.recomputes_gate or _reads_input(training, need_x, need_weight)
-        ctx.save_for_backward(
-            x if keeps_x else None, mask if save_mask else None,
-            weight, bias if ctx.recomputes_gate else None, statistics,
-        )  # fmt: skip
+        _leave_undefined(ctx)
+        ctx.save_for_backward(*saved, mask if save_mask else None, statistics)
         ctx.training, ctx.relu, ctx.backend = training, relu, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.strides = out.stride()
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, mask, weight, bias, statistics = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return _no_gradients(ctx)
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
+        if not (ctx.relu or need_x or need_weight or need_bias):
+            return None, dout, *(None,) * 9
+        x, weight, bias, mask, statistics = ctx.saved_tensors
         dout = strided(dout, ctx.strides)
         # Of what was not saved no result depends on the values.
         x = dout if x is None else strided(x, ctx.strides)
@@ -149,6 +164,28 @@ class BatchNorm(torch.autograd.Function):
         )
 
 
+def cat_batch_norm_relu(
+    x: Tensor,
+    skip: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`cat([skip, relu(bn(x))], dim=1)` of a dense `x`, and the statistics."""
+    n_skip = skip.shape[1]
+    out = empty_laid_out_like(x, n_skip + x.shape[1])
+    out[:, :n_skip].copy_(skip)
+    statistics = KERNELS[backend].batch_norm_relu_into(
+        x, weight, bias, running_mean, running_var, out[:, n_skip:], training, momentum, eps
+    )
+    return out, statistics
+
+
 class CatBatchNormReLU(torch.autograd.Function):
     """`cat([skip, relu(bn(x))], dim=1)`."""
 
@@ -166,22 +203,29 @@ class CatBatchNormReLU(torch.autograd.Function):
         eps: float,
         backend: str,
     ) -> Tensor:
-        dense_x, n_skip = dense(x), skip.shape[1]
-        out = empty_laid_out_like(dense_x, n_skip + x.shape[1])
-        out[:, :n_skip].copy_(skip)
-        statistics = KERNELS[backend].batch_norm_relu_into(
-            dense_x, weight, bias, running_mean, running_var, out[:, n_skip:],
-            training, momentum, eps,
-        )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, statistics)
-        ctx.training, ctx.n_skip, ctx.backend = training, n_skip, backend
+        need_x, _, need_weight, need_bias, *_ = ctx.needs_input_grad
+        ctx.has_norm = need_x or need_weight or need_bias
+        if ctx.has_norm:
+            _refuse_inference((x, weight, bias))
+        dense_x = dense(x)
+        out, statistics = cat_batch_norm_relu(
+            dense_x, skip, weight, bias, running_mean, running_var, training, momentum, eps, backend
+        )
+        _leave_undefined(ctx)
+        ctx.save_for_backward(*(x, weight, bias, statistics) if ctx.has_norm else ())
+        ctx.training, ctx.n_skip, ctx.backend = training, skip.shape[1], backend
         ctx.strides = dense_x.stride()
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, statistics = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return _no_gradients(ctx)
         need_x, need_skip, need_weight, need_bias = ctx.needs_input_grad[:4]
+        dskip = dout[:, : ctx.n_skip] if need_skip else None
+        if not ctx.has_norm:
+            return None, dskip, *(None,) * 8
+        x, weight, bias, statistics = ctx.saved_tensors
         dnorm = dout[:, ctx.n_skip :]
         if _is_differentiated(dout):
             dx, dweight, dbias = _norm_gradients(
@@ -196,7 +240,7 @@ class CatBatchNormReLU(torch.autograd.Function):
             )  # fmt: skip
         return (
             dx if need_x else None,
-            dout[:, : ctx.n_skip] if need_skip else None,
+            dskip,
             dweight if need_weight else None,
             dbias if need_bias else None,
             *(None,) * 6,
@@ -226,25 +270,31 @@ class DualBatchNorm(torch.autograd.Function):
         residual_eps: float,
         backend: str,
     ) -> Tensor:
+        need_x, need_residual, need_weight, _, need_residual_weight, *_ = ctx.needs_input_grad
+        saved = (
+            x if _reads_input(training, need_x, need_weight) else None,
+            residual if _reads_input(training, need_residual, need_residual_weight) else None,
+            weight if need_x or need_weight else None,
+            residual_weight if need_residual or need_residual_weight else None,
+        )
+        _refuse_inference(saved)
         dense_x = dense(x)
         out, mask, statistics = KERNELS[backend].dual_batch_norm(
             dense_x, laid_out_like(residual, dense_x), weight, bias, running_mean, running_var,
             residual_weight, residual_bias, residual_running_mean, residual_running_var,
             training, momentum, eps, residual_momentum, residual_eps, True,
         )  # fmt: skip
-        need_x, need_residual, need_weight, _, need_residual_weight, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if _reads_input(training, need_x, need_weight) else None,
-            residual if _reads_input(training, need_residual, need_residual_weight) else None,
-            mask, weight, residual_weight, statistics,
-        )  # fmt: skip
+        _leave_undefined(ctx)
+        ctx.save_for_backward(*saved, mask, statistics)
         ctx.bias_dtypes = tuple(b if b is None else b.dtype for b in (bias, residual_bias))
         ctx.training, ctx.backend, ctx.strides = training, backend, out.stride()
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        x, residual, mask, weight, residual_weight, statistics = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dout is None:
+            return _no_gradients(ctx)
+        x, residual, weight, residual_weight, mask, statistics = ctx.saved_tensors
         needed = ctx.needs_input_grad[:6]
         need_x, need_residual, *need_parameters = needed
         dout = strided(dout, ctx.strides)
@@ -273,6 +323,28 @@ class DualBatchNorm(torch.autograd.Function):
             *(g if need else None for g, need in zip(gradients, needed, strict=True)),
             *(None,) * 10,
         )
+
+
+def _leave_undefined(ctx: Any) -> None:
+    """Make an undefined gradient None in backward, not 0, as in torch's own operators.
+
+    An optimizer leaves parameters alone whose gradient is None, and lets others decay.
+    """
+    if not torch.compiler.is_compiling():  # there all are defined
+        ctx.set_materialize_grads(False)
+
+
+def _no_gradients(ctx: Any) -> tuple[None, ...]:
+    return (None,) * len(ctx.needs_input_grad)
+
+
+def _refuse_inference(saved: tuple[Tensor | None, ...]) -> None:
+    """Raise `RuntimeError` if one cannot be saved: torch itself would once kernels have run."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in saved:
+        if tensor is not None and tensor.is_inference():
+            raise RuntimeError("Inference tensors cannot be saved for backward: clone them first")
 
 
 def _like_bias(

@@ -114,7 +114,12 @@ def check_statistics(
     eps: float,
     prefix: str = "",
 ) -> None:
-    """Raise `ValueError` unless there are the statistics that the mode needs, and no others."""
+    """Raise `ValueError` unless there are the statistics that the mode needs, and no others.
+
+    `TypeError` unless the mode is one.
+    """
+    if not isinstance(training, bool):
+        raise TypeError(f"training: expected a bool, got {type(training).__name__}")
     if running_mean is None or running_var is None:
         if running_mean is not running_var:
             raise ValueError(f"{_names(prefix)}: expected both or neither")

@@ -127,7 +127,7 @@ def batch_norm_relu(
         A new tensor with the shape and dtype of `x`, channels-last where `x` is, else contiguous.
 
     Raises:
-        TypeError: an argument has a dtype other than those above.
+        TypeError: an argument has a dtype other than those above, or `training` is no bool.
         ValueError: a shape or device does not fit `x`, running statistics are missing, `eps` is
             not positive, or training finds one value per channel. Nothing has been updated then.
 
@@ -224,12 +224,18 @@ def cat_batch_norm_relu(
     """
     check_batch_norm(x, None, running_mean, running_var, weight, bias, training, eps)
     check_skip(skip, x)
-    norm = (running_mean, running_var, weight, bias, training, momentum, eps)
-    backend = _choose(x, _needs_grad(x, skip, weight, bias), training, norm[:4])
-    if backend == "eager":
-        return reference.cat_batch_norm_relu(x, skip, *norm)
     differentiable = (x, skip, weight, bias)
-    return _apply(autograd.CatBatchNormReLU, differentiable, *norm[:2], *norm[4:], backend)
+    running = (running_mean, running_var)
+    needs_grad = _needs_grad(*differentiable)
+    backend = _choose(x, needs_grad, training, (*running, weight, bias))
+    options: tuple[Any, ...] = (training, momentum, eps)
+    if backend == "eager":
+        return reference.cat_batch_norm_relu(x, skip, *running, weight, bias, *options)
+    if needs_grad:
+        return _apply(autograd.CatBatchNormReLU, differentiable, *running, *options, backend)
+    return autograd.cat_batch_norm_relu(
+        dense(x), skip, weight, bias, *running, *options, backend
+    )[0]  # fmt: skip
 
 
 @overridable
@@ -394,7 +400,8 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     if torch.is_grad_enabled():
         for tensor in tensors:  # a generator for any() would take as long as the rest
             if tensor is not None and tensor.requires_grad:
-                return True
+                # In inference mode `enable_grad` records nothing; dynamo has no word for that.
+                return torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()
     return False
 
 

@@ -52,9 +52,12 @@ def strided(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
         if len(strides) < 3 or strides[1] != 1:
             return tensor.contiguous()
         return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-    if tensor.stride() == strides or all(
-        size == 1 or have == want
-        for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+    if not tensor._is_zerotensor() and (  # that has no memory; torch.sgn has such a gradient
+        tensor.stride() == strides
+        or all(
+            size == 1 or have == want
+            for size, have, want in zip(tensor.shape, tensor.stride(), strides, strict=True)
+        )
     ):
         return tensor
     return tensor.new_empty_strided(tensor.shape, strides).copy_(tensor)

@@ -202,6 +202,14 @@ def test_norms_that_share_running_statistics():
 
 
 @pytest.mark.parametrize("function", [*NORMS, CAT])
+def test_training(function):
+    for training in (None, 1):
+        problem = make_problem(function, SHAPE, training=training)
+        text = f"training: expected a bool, got {type(training).__name__}"
+        assert_refused(problem, TypeError, text)
+
+
+@pytest.mark.parametrize("function", [*NORMS, CAT])
 def test_eps(function):
     if function == "dual_batch_norm_add_relu":
         assert_refused(
