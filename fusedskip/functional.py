@@ -228,14 +228,15 @@ def cat_batch_norm_relu(
     running = (running_mean, running_var)
     needs_grad = _needs_grad(*differentiable)
     backend = _choose(x, needs_grad, training, (*running, weight, bias))
-    options: tuple[Any, ...] = (training, momentum, eps)
+    options = (training, momentum, eps)
     if backend == "eager":
         return reference.cat_batch_norm_relu(x, skip, *running, weight, bias, *options)
     if needs_grad:
         return _apply(autograd.CatBatchNormReLU, differentiable, *running, *options, backend)
+    x = dense(x)
     return autograd.cat_batch_norm_relu(
-        dense(x), skip, weight, bias, *running, *options, backend
-    )[0]  # fmt: skip
+        x, skip, weight, bias, running_mean, running_var, training, momentum, eps, backend
+    )[0]
 
 
 @overridable
