@@ -225,14 +225,13 @@ def cat_batch_norm_relu(
     check_batch_norm(x, None, running_mean, running_var, weight, bias, training, eps)
     check_skip(skip, x)
     differentiable = (x, skip, weight, bias)
-    running = (running_mean, running_var)
+    norm = (running_mean, running_var, weight, bias, training, momentum, eps)
     needs_grad = _needs_grad(*differentiable)
-    backend = _choose(x, needs_grad, training, (*running, weight, bias))
-    options = (training, momentum, eps)
+    backend = _choose(x, needs_grad, training, norm[:4])
     if backend == "eager":
-        return reference.cat_batch_norm_relu(x, skip, *running, weight, bias, *options)
+        return reference.cat_batch_norm_relu(x, skip, *norm)
     if needs_grad:
-        return _apply(autograd.CatBatchNormReLU, differentiable, *running, *options, backend)
+        return _apply(autograd.CatBatchNormReLU, differentiable, *norm[:2], *norm[4:], backend)
     x = dense(x)
     return autograd.cat_batch_norm_relu(
         x, skip, weight, bias, running_mean, running_var, training, momentum, eps, backend

@@ -113,7 +113,7 @@ class Remembered:
         for predicate, m, was in self._predicates:
             if bool(predicate(m)) is not was:
                 return False
-        return self.plan.sharing() is None
+        return self.plan.conflict() is None
 
     def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
         return set, ()

@@ -108,20 +108,22 @@ class Plan(NamedTuple):
         for other in self.others:
             if (found := other.obstacle()) is not None:
                 return found
-        return self.sharing()
+        return self.conflict()
 
-    def sharing(self) -> tuple[nn.Module, str] | None:
-        """A norm that the other side, too, has or shares statistics with, and what it does.
+    def conflict(self) -> tuple[nn.Module, str] | None:
+        """A norm to which something happens on the other side, and what.
 
         Eager goes through the whole first side before the second; here the steps of both are ahead
         of either norm.
         """
-        norms, steps, other = (self.norm, self.shortcut_norm), self.shortcut, "shortcut"
-        if self.shortcut_first:
-            norms, steps, other = norms[::-1], self.branch, "branch"
-        norm, other_norm = norms
+        branch = self.norm, self.branch, "branch"
+        shortcut = self.shortcut_norm, self.shortcut, "shortcut"
+        first, second = (shortcut, branch) if self.shortcut_first else (branch, shortcut)
+        (norm, ahead, _), (other_norm, steps, other) = first, second
         if norm is None or not (steps or other_norm is not None):
             return None
+        if steps and not ahead:
+            return norm, f"has the input of the {other}, which may change it in place"
         others = [other_norm, *(step for step, _ in steps)]
         after = (m for step in others if isinstance(step, nn.Module) for m in step.modules())
         running = norm._buffers.items()

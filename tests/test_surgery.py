@@ -192,6 +192,18 @@ def test_a_backbone_that_hands_out_its_stem(layer):
         assert_equal(ours[name].relu(), theirs[name].relu())
 
 
+def test_a_backbone_that_calls_a_layer_twice():
+    """Under the name by which it was to hand out another."""
+    getter = tv._utils.IntermediateLayerGetter
+    stem = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+    layers = nn.Sequential(*stem, nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
+    eager = getter(layers, {"3": "once", "4": "twice"})
+    eager["4"] = eager["3"]
+    fused = fusedskip.fuse(copy.deepcopy(eager))
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(fused(x), eager(x))
+
+
 def test_a_backbone_without_a_layer_that_it_was_to_hand_out():
     getter = tv._utils.IntermediateLayerGetter
     fused = fusedskip.fuse(getter(tv.resnet18(), {"layer1": "early", "layer4": "late"}))

@@ -361,6 +361,18 @@ def test_unfuse_refuses_another_method_that_may_call_the_fused_one(resnet):
         fusedskip.unfuse(resnet)
 
 
+def test_a_norm_of_what_the_other_side_changes():
+    """Eager has normalised the input before the branch changes it in place."""
+    block = tv.regnet.ResBottleneckBlock(8, 8, 1, nn.BatchNorm2d, nn.ReLU, 8)
+    block.proj = nn.BatchNorm2d(8)
+    block.f = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    text = "proj has the input of the branch, which may change it in place"
+    assert fusedskip.explain(block).rows[0].reason == text
+    fused = fusedskip.fuse(copy.deepcopy(block))
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(fused(x.clone()), block(x.clone()))
+
+
 @pytest.mark.parametrize("index", [0, 1], ids=["another", "last"])
 def test_norms_that_share_running_statistics(index):
     """Both would update them, one after the other; eager calls the whole branch first."""

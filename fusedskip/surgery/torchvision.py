@@ -160,9 +160,10 @@ class FusedIntermediateLayerGetter(Fused, IntermediateLayerGetter, forward="b028
 
     @staticmethod
     def _finds_layers(module: Any, plan: Plan) -> bool:
-        """Whether no layer that is handed out is a norm without its ReLU, or was passed over."""
+        """Whether what is handed out is called once, and no norm without its ReLU."""
         results = [last if relu is None else relu for last, relu in plan.branch]
-        return all(m in results for name, m in module.items() if name in module.return_layers)
+        handed_out = [m for name, m in module.items() if name in module.return_layers]
+        return all(results.count(m) == 1 for m in handed_out)
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         plan = self._fused_plan(x)
