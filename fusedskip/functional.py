@@ -112,7 +112,8 @@ def batch_norm_relu(
 ) -> Tensor:
     """`relu(batch_norm(x))` without the intermediate tensor.
 
-    Keeps `x` and two numbers a channel for the backward pass, which recomputes the ReLU's mask.
+    Keeps `x` and two numbers a channel for the backward pass, which recomputes the ReLU's mask. In
+    evaluation, where `weight` needs no gradient, it keeps one bit an element in place of `x`.
 
     Args:
         x: `(N, C, *)`; fp64, fp32, bf16 or fp16, contiguous or channels-last.

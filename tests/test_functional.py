@@ -196,7 +196,10 @@ def test_one_gradient_alone(backend, device, function, wanted):
         out.backward(problem.dout)
         everything = run(problem)
         assert torch.equal(out, everything["out"])
-        assert torch.equal(leaves[wanted].grad, everything[f"d{wanted}"])
+        # Where the mask is kept and not x, Triton adds up in another order.
+        torch.testing.assert_close(
+            leaves[wanted].grad, everything[f"d{wanted}"], rtol=1e-14, atol=1e-14
+        )
         assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
 
 
@@ -264,7 +267,7 @@ def test_saved_tensors_come_back_in_another_layout(backend, device, function, la
         torch.testing.assert_close(gradients(hooks, create_graph), want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [f for f in NORMS if f != "batch_norm_relu"])
+@pytest.mark.parametrize("function", NORMS)
 def test_frozen_norms_keep_no_activation(backend, device, function):
     """In evaluation, without gradients of weights, the mask and C-sized vectors are all."""
     problem = make_problem(
@@ -279,7 +282,7 @@ def test_frozen_norms_keep_no_activation(backend, device, function):
     out.backward(problem.dout)
     for name, leaf in leaves.items():
         if leaf.requires_grad:
-            assert torch.equal(leaf.grad, want[f"d{name}"])
+            torch.testing.assert_close(leaf.grad, want[f"d{name}"])
 
 
 def test_a_residual_behind_the_relu_alone(backend, device):

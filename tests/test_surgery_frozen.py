@@ -53,6 +53,20 @@ def test_trains_like_eager(norm):
     assert_equal(fused.eval()(x), eager.eval()(x))
 
 
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_an_input_that_is_changed_before_backward(norm):
+    """Eager reads nothing of it any more."""
+    eager = nn.Sequential(randomise(norm(4)), nn.ReLU(), nn.Conv2d(4, 4, 1)).double()
+    fused = fusedskip.fuse(copy.deepcopy(eager), strict=True)
+    start, gradients = torch.randn(2, 4, 5, 5, dtype=torch.float64), []
+    for branch in (eager, fused):
+        leaf = start.clone().requires_grad_()
+        x = 2 * leaf
+        x += branch(x)
+        gradients += torch.autograd.grad(x.square().sum(), leaf)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_no_less_accurate_than_eager(dtype, layout):
