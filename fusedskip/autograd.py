@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fusedskip.backends import KERNELS
-from fusedskip.layout import dense, empty_laid_out_like, laid_out_like, strided
+from fusedskip.layout import dense, empty_laid_out_like, strided
 
 
 class AddReLU(torch.autograd.Function):
@@ -23,7 +23,7 @@ class AddReLU(torch.autograd.Function):
         # A residual that is added behind the ReLU has the gradient of the sum.
         passes_relu = ctx.needs_input_grad[0] or not relu_first
         out, mask = KERNELS[backend].add_relu(
-            x, laid_out_like(residual, x), relu_first, passes_relu
+            x, strided(residual, x.stride()), relu_first, passes_relu
         )
         _leave_undefined(ctx)
         ctx.save_for_backward(mask if passes_relu else None)
@@ -54,7 +54,7 @@ class BiasAddReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, bias: Tensor, backend: str) -> Tensor:
         x = dense(x)
-        residual = laid_out_like(residual, x)
+        residual = strided(residual, x.stride())
         out, *saved = KERNELS[backend].batch_norm(
             x, residual, None, bias, None, None, False, 0.0, 0.0, True, True
         )
@@ -119,7 +119,7 @@ class BatchNorm(torch.autograd.Function):
         )
         _refuse_inference(saved)
         dense_x = dense(x)
-        residual = None if residual is None else laid_out_like(residual, dense_x)
+        residual = None if residual is None else strided(residual, dense_x.stride())
         out, mask, statistics = KERNELS[backend].batch_norm(
             dense_x, residual, weight, bias, running_mean, running_var,
             training, momentum, eps, relu, save_mask,
@@ -282,7 +282,7 @@ class DualBatchNorm(torch.autograd.Function):
         _refuse_inference(saved)
         dense_x = dense(x)
         out, mask, statistics = KERNELS[backend].dual_batch_norm(
-            dense_x, laid_out_like(residual, dense_x), weight, bias, running_mean, running_var,
+            dense_x, strided(residual, dense_x.stride()), weight, bias, running_mean, running_var,
             residual_weight, residual_bias, residual_running_mean, residual_running_var,
             training, momentum, eps, residual_momentum, residual_eps, True,
         )  # fmt: skip
@@ -423,7 +423,7 @@ def _norm_gradients(
     scale = torch.ones_like(mean) if weight is None else weight.to(dtype)
     # In one layout: with a dimension of size 1, torch 2.13 takes one channels-last for the other's.
     x = dense(x)
-    g = laid_out_like(g, x)
+    g = strided(g, x.stride())
     gradients = torch.ops.aten.native_batch_norm_backward(
         g.to(dtype), x.to(dtype), scale, mean, rstd.pow(-2), mean, rstd, training, 0.0, needed
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedskip import backends, reference
 from fusedskip.backends import KERNELS
 from fusedskip.checks import check_batch_norm
-from fusedskip.layout import dense, laid_out_like, strided
+from fusedskip.layout import dense, strided
 
 
 def group_of(process_group: Any) -> Any:
@@ -81,7 +81,7 @@ class _SyncBatchNorm(torch.autograd.Function):
     ) -> Tensor:
         stages = _stages(backend, x)
         dense_x = dense(x)
-        residual = None if residual is None else laid_out_like(residual, dense_x)
+        residual = None if residual is None else strided(residual, dense_x.stride())
         save_mask = relu and residual is not None
         moments = stages.batch_norm_stats(dense_x)
         gathered = moments.new_empty(dist.get_world_size(group) * len(moments))

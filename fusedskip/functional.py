@@ -23,7 +23,7 @@ from fusedskip.checks import (
     check_skip,
     check_statistics,
 )
-from fusedskip.layout import dense, laid_out_like
+from fusedskip.layout import dense, strided
 from fusedskip.tracing import overridable
 
 # running_mean, running_var, weight, bias, training, momentum, eps, relu
@@ -95,7 +95,7 @@ def bias_add_relu(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     if needs_grad:
         return _apply(autograd.BiasAddReLU, (x, residual, bias), backend)
     x = dense(x)
-    residual = laid_out_like(residual, x)
+    residual = strided(residual, x.stride())
     return KERNELS[backend].batch_norm_inference(x, residual, None, bias, None, None, 0.0, True)
 
 
@@ -308,7 +308,7 @@ def dual_batch_norm_add_relu(
         return _apply(autograd.DualBatchNorm, differentiable, *running, *options, backend)
     x = dense(x)
     return KERNELS[backend].dual_batch_norm(
-        x, laid_out_like(residual, x), weight, bias, running_mean, running_var,
+        x, strided(residual, x.stride()), weight, bias, running_mean, running_var,
         residual_weight, residual_bias, residual_running_mean, residual_running_var,
         *options, False,
     )[0]  # fmt: skip
@@ -324,7 +324,7 @@ def _add_relu(x: Tensor, residual: Tensor, relu_first: bool) -> Tensor:
     if needs_grad:
         return _apply(autograd.AddReLU, (x, residual), relu_first, backend)
     x = dense(x)
-    return KERNELS[backend].add_relu(x, laid_out_like(residual, x), relu_first, False)[0]
+    return KERNELS[backend].add_relu(x, strided(residual, x.stride()), relu_first, False)[0]
 
 
 def _batch_norm(
@@ -363,7 +363,7 @@ def _run_batch_norm(x: Tensor, residual: Tensor | None, norm: _Norm, backend: st
             training, momentum, eps, relu, backend,
         )  # fmt: skip
     x = dense(x)
-    residual = None if residual is None else laid_out_like(residual, x)
+    residual = None if residual is None else strided(residual, x.stride())
     if not training:
         return KERNELS[backend].batch_norm_inference(
             x, residual, weight, bias, running_mean, running_var, eps, relu

@@ -39,11 +39,6 @@ def empty_laid_out_like(x: Tensor, n_channels: int) -> Tensor:
     return x.new_empty_strided(shape, strides)
 
 
-def laid_out_like(tensor: Tensor, x: Tensor) -> Tensor:
-    """`tensor`, or a copy of it with the strides of the dense tensor `x` of the same shape."""
-    return strided(tensor, x.stride())
-
-
 def strided(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """`tensor`, or a copy of it with these strides, those of a dense tensor."""
     if torch.compiler.is_compiling():
