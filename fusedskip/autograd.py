@@ -25,7 +25,7 @@ class AddReLU(torch.autograd.Function):
         out, mask = KERNELS[backend].add_relu(
             x, strided(residual, x.stride()), relu_first, passes_relu
         )
-        _leave_undefined(ctx)
+        ctx.materialize_grads = False
         ctx.save_for_backward(mask if passes_relu else None)
         ctx.strides, ctx.relu_first, ctx.backend = out.stride(), relu_first, backend
         return out
@@ -58,7 +58,7 @@ class BiasAddReLU(torch.autograd.Function):
         out, *saved = KERNELS[backend].batch_norm(
             x, residual, None, bias, None, None, False, 0.0, 0.0, True, True
         )
-        _leave_undefined(ctx)
+        ctx.materialize_grads = False
         ctx.save_for_backward(*saved)
         ctx.bias_dtype, ctx.strides, ctx.backend = bias.dtype, out.stride(), backend
         return out
@@ -124,7 +124,7 @@ class BatchNorm(torch.autograd.Function):
             dense_x, residual, weight, bias, running_mean, running_var,
             training, momentum, eps, relu, save_mask,
         )  # fmt: skip
-        _leave_undefined(ctx)
+        ctx.materialize_grads = False
         ctx.save_for_backward(*saved, mask if save_mask else None, statistics)
         ctx.training, ctx.relu, ctx.backend = training, relu, backend
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -213,7 +213,7 @@ class CatBatchNormReLU(torch.autograd.Function):
         out, statistics = cat_batch_norm_relu(
             dense_x, skip, weight, bias, running_mean, running_var, training, momentum, eps, backend
         )
-        _leave_undefined(ctx)
+        ctx.materialize_grads = False
         ctx.save_for_backward(*(x, weight, bias, statistics) if ctx.has_norm else ())
         ctx.training, ctx.n_skip, ctx.backend = training, skip.shape[1], backend
         ctx.strides = dense_x.stride()
@@ -286,7 +286,7 @@ class DualBatchNorm(torch.autograd.Function):
             residual_weight, residual_bias, residual_running_mean, residual_running_var,
             training, momentum, eps, residual_momentum, residual_eps, True,
         )  # fmt: skip
-        _leave_undefined(ctx)
+        ctx.materialize_grads = False
         ctx.save_for_backward(*saved, mask, statistics)
         ctx.bias_dtypes = tuple(b if b is None else b.dtype for b in (bias, residual_bias))
         ctx.training, ctx.backend, ctx.strides = training, backend, out.stride()
@@ -327,16 +327,12 @@ class DualBatchNorm(torch.autograd.Function):
         )
 
 
-def _leave_undefined(ctx: Any) -> None:
-    """Make an undefined gradient None in backward, not 0, as in torch's own operators.
-
-    An optimizer leaves parameters alone whose gradient is None, and lets others decay.
-    """
-    if not torch.compiler.is_compiling():  # there all are defined
-        ctx.set_materialize_grads(False)
-
-
 def _no_gradients(ctx: Any) -> tuple[None, ...]:
+    """Where that of the output is undefined, as in torch's own operators.
+
+    Not the 0 that `ctx.materialize_grads` stands for: an optimizer lets parameters decay whose
+    gradient is 0, and leaves those alone where it is None.
+    """
     return (None,) * len(ctx.needs_input_grad)
 
 
