@@ -58,12 +58,13 @@ class Remembered:
     """
 
     __slots__ = (
-        "_chains", "_children", "_facts", "_forwards", "_kind", "_own", "_predicates", "_seen",
-        "plan",
+        "_chains", "_children", "_delays_norm", "_facts", "_forwards", "_kind", "_own",
+        "_predicates", "_seen", "plan",
     )  # fmt: skip
 
     def __init__(self, plan: Plan, module: nn.Module, names: Names) -> None:
         self.plan, self._kind, self._children = plan, type(module), module._modules
+        self._delays_norm = plan.delays_norm()
         # What a mapping has under a key, None if it has nothing. Apart from others those of the
         # attributes of the module, which would keep itself alive.
         self._facts: list[tuple[dict[str, Any], str, Any]] = []
@@ -113,7 +114,7 @@ class Remembered:
         for predicate, m, was in self._predicates:
             if bool(predicate(m)) is not was:
                 return False
-        return self.plan.conflict() is None
+        return not self._delays_norm or self.plan.conflict() is None
 
     def __reduce__(self) -> tuple[type[set[Any]], tuple[()]]:
         return set, ()

@@ -40,6 +40,7 @@ IDLE: dict[type[nn.Module], Callable[[Any], bool]] = {nn.Identity: always}
 
 # A module to call, or a norm and the ReLU that is one operation with it.
 Step = tuple[nn.Module, nn.Module | None]
+_Side = tuple[nn.Module | None, list[Step], str]
 
 
 def is_of_library(function: Callable[..., Any], owner: type[nn.Module]) -> bool:
@@ -110,18 +111,21 @@ class Plan(NamedTuple):
                 return found
         return self.conflict()
 
-    def conflict(self) -> tuple[nn.Module, str] | None:
-        """A norm to which something happens on the other side, and what.
+    def delays_norm(self) -> bool:
+        """Whether anything of the second side comes ahead of the first side's norm.
 
         Eager goes through the whole first side before the second; here the steps of both are ahead
         of either norm.
         """
-        branch = self.norm, self.branch, "branch"
-        shortcut = self.shortcut_norm, self.shortcut, "shortcut"
-        first, second = (shortcut, branch) if self.shortcut_first else (branch, shortcut)
-        (norm, ahead, _), (other_norm, steps, other) = first, second
-        if norm is None or not (steps or other_norm is not None):
+        (norm, *_), (other_norm, steps, _) = self._sides()
+        return norm is not None and (bool(steps) or other_norm is not None)
+
+    def conflict(self) -> tuple[nn.Module, str] | None:
+        """A norm that is delayed, and what may happen to it on the other side in between."""
+        if not self.delays_norm():
             return None
+        (norm, ahead, _), (other_norm, steps, other) = self._sides()
+        assert norm is not None
         if steps and not ahead:
             return norm, f"has the input of the {other}, which may change it in place"
         others = [other_norm, *(step for step, _ in steps)]
@@ -134,6 +138,12 @@ class Plan(NamedTuple):
             if buffers and any(t is not None and t is buffers.get(n) for n, t in running):
                 return norm, f"shares running statistics with a norm of the {other}"
         return None
+
+    def _sides(self) -> list["_Side"]:
+        """Norm, steps and name of branch and shortcut, in eager's order."""
+        branch = self.norm, self.branch, "branch"
+        shortcut = self.shortcut_norm, self.shortcut, "shortcut"
+        return [shortcut, branch] if self.shortcut_first else [branch, shortcut]
 
 
 def plan_chain(modules: Iterable[nn.Module | None]) -> Plan:
